@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 Params = Any  # nested dicts of leaves (`jaxllm.leaves.Weight`)
 
@@ -110,10 +110,4 @@ class TrainState:
     params: Params
     opt_state: Any
     extra: dict[str, Any]
-
-
-def is_padding(segment_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """True where a token is padding."""
-    return segment_BT == 0
-
 
