@@ -1,0 +1,156 @@
+"""What a weight may be, and the one way a weight is used.
+
+    Weight = Array | Quantised | Adapted
+
+`project(x, w, "BTD,DNH->BTNH")` is an einsum that knows all three, so that no call site does. LoRA is applied beside
+the base product, never merged into a temporary copy of it: for a 1.5 GiB base compiled for TPU v5e that is 0.27 GiB
+of temporaries instead of 3.27 GiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, assert_never
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+
+@struct.dataclass
+class Quantised:
+    """values * scale, blockwise.
+
+    values: int8 (or fp8), the weight's own shape.  scale: float32, same rank; along each axis its size is 1 (one scale
+    for the whole axis) or a divisor of the axis (blocks of equal length).
+    """
+
+    values: Array
+    scale: Float[Array, "..."]
+
+
+@struct.dataclass
+class Adapted:
+    """base + scaling * a @ b (LoRA, Hu et al. 2021, eq. 3).
+
+    base: any Weight with input axes first, as in "DNH".  a: [*input axes, R].  b: [R, *output axes].
+    scaling: alpha / R, float32 [] (an array, so that stacking and sharding treat it like the rest).
+    """
+
+    base: Array | Quantised | Adapted
+    a: Float[Array, "..."]
+    b: Float[Array, "..."]
+    scaling: Float[Array, "..."]
+
+
+Weight = Array | Quantised | Adapted
+
+
+def is_weight(x: object) -> bool:
+    """True for a non-array weight: the `is_leaf` of maps over weights rather than over the arrays inside them."""
+    return isinstance(x, (Quantised, Adapted))
+
+
+def quantise(w: Float[Array, "..."], axes: tuple[int, ...]) -> Quantised:
+    """Symmetric int8 with one float32 scale per index of the axes not in `axes` (those to be contracted over)."""
+    scale = jnp.max(jnp.abs(w), axis=axes, keepdims=True).astype(jnp.float32) / 127.0
+    scale = jnp.where(scale == 0, 1.0, scale)
+    return Quantised(jnp.clip(jnp.round(w / scale), -127, 127).astype(jnp.int8), scale)
+
+
+def dense(w: Weight, dtype: DTypeLike) -> Array:
+    """The weight as one array of `dtype`. For export and for blocks that do not follow the contraction."""
+    match w:
+        case Quantised(values, scale):
+            for axis, (n, s) in enumerate(zip(values.shape, scale.shape, strict=True)):
+                if s not in (1, n):
+                    scale = jnp.repeat(scale, n // s, axis=axis)
+            return (values.astype(jnp.float32) * scale).astype(dtype)
+        case Adapted(base, a, b, scaling):
+            delta = jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1) * scaling
+            return (dense(base, jnp.float32) + delta).astype(dtype)
+        case _:
+            return w.astype(dtype)
+
+
+def project(x: Float[Array, "..."], w: Weight, equation: str, bias: Array | None = None) -> Float[Array, "..."]:
+    """einsum(equation, x, w) + bias in x's dtype (accumulated in float32 by the matrix unit).
+
+    `equation` is "x axes,w axes->out axes" with single letters of the dimension key; the axes that x and w share and
+    the result lacks are contracted.  bias: shaped as the trailing axes of the result.
+    """
+    y = _project(x, w, equation)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _project(x: Array, w: Weight, equation: str) -> Array:
+    match w:
+        case Quantised(values, scale):
+            x_axes, w_axes, out_axes = _axes(equation)
+            if any(scale.shape[w_axes.index(c)] != 1 for c in w_axes if c not in out_axes):
+                return jnp.einsum(equation, x, dense(w, x.dtype))
+            kept = "".join(c for c in w_axes if c in out_axes)
+            out_scale = jnp.einsum(f"{w_axes}->{kept}", scale)  # contracted axes have size 1
+            out_scale = out_scale.reshape([out_scale.shape[kept.index(c)] if c in kept else 1 for c in out_axes])
+            y = jnp.einsum(equation, x, values.astype(x.dtype))
+            return (y.astype(jnp.float32) * out_scale).astype(x.dtype)
+        case Adapted(base, a, b, scaling):
+            x_axes, w_axes, out_axes = _axes(equation)
+            inner = "".join(c for c in w_axes if c not in out_axes)
+            outer = "".join(c for c in w_axes if c in out_axes)
+            if w_axes != inner + outer:
+                raise ValueError(f"Adapted: the weight's input axes must come first, got {w_axes!r} in {equation!r}")
+            rest = "".join(c for c in x_axes if c not in inner)
+            low = jnp.einsum(f"{x_axes},{inner}R->{rest}R", x, a.astype(x.dtype))
+            delta = jnp.einsum(f"{rest}R,R{outer}->{out_axes}", low, b.astype(x.dtype))
+            return _project(x, base, equation) + delta * scaling.astype(x.dtype)
+        case _:
+            return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def _axes(equation: str) -> tuple[str, str, str]:
+    operands, out = equation.split("->")
+    x, w = operands.split(",")
+    return x, w, out
+
+
+def lookup(table_VD: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+    """Rows of an embedding table, in `dtype`. An id outside [0, V) gives NaN rather than a neighbour's row."""
+    match table_VD:
+        case Quantised(values, scale):
+            rows = values.at[ids].get(mode="fill", fill_value=0).astype(jnp.float32)
+            per_row = scale if scale.shape[0] == 1 else scale.at[ids].get(mode="fill", fill_value=jnp.nan)
+            return (rows * per_row).astype(dtype)
+        case Adapted(base, a, b, scaling):
+            delta = jnp.einsum("BTR,RD->BTD", a.at[ids].get(mode="fill", fill_value=jnp.nan), b) * scaling
+            return lookup(base, ids, dtype) + delta.astype(dtype)
+        case _:
+            return table_VD.at[ids].get(mode="fill", fill_value=jnp.nan).astype(dtype)
+
+
+def map_arrays(f: Callable[[Array, tuple[str | None, ...]], Any], w: Weight, axes: tuple[str, ...], outputs: int) -> Any:
+    """Apply `f(array, logical axes)` to every array inside a weight, keeping its kind.
+
+    axes: the logical axes of the whole weight.  outputs: how many trailing ones are output axes (what LoRA's b has).
+    A scale's axis of size 1 has no logical axis.
+    """
+    match w:
+        case Quantised(values, scale):
+            own = tuple(a if n > 1 else None for a, n in zip(axes, scale.shape, strict=True))
+            return Quantised(f(values, axes), f(scale, own))
+        case Adapted(base, a, b, scaling):
+            cut = len(axes) - outputs
+            stack: tuple[str | None, ...] = axes[: b.ndim - outputs - 1]  # a leading "layers" axis is on both factors
+            inner, outer = axes[len(stack) : cut], axes[cut:]
+            return Adapted(
+                map_arrays(f, base, axes, outputs),
+                f(a, (*stack, *inner, None)),
+                f(b, (*stack, None, *outer)),
+                f(scaling, stack[: scaling.ndim]),
+            )
+        case _ if isinstance(w, (jax.Array, jax.ShapeDtypeStruct)):
+            return f(w, axes)
+        case other:
+            assert_never(other)  # type: ignore[arg-type]

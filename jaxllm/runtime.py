@@ -1,0 +1,35 @@
+"""*How* a model is computed. Swapping a `Runtime` may change rounding, speed and memory, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxllm.sharding import Layout
+
+Backend = Literal["auto", "reference", "chunked", "tpu", "gpu"]
+Remat = Literal["none", "full", "dots", "attention"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One way to run a spec. Hashable: a static argument of `jax.jit`.
+
+    compute_dtype: dtype of activations and of weights as they are multiplied ("bfloat16" on accelerators); softmax,
+        norms, router and loss statistics are float32 whatever it is.
+    attention: kernel of `jaxllm.kernels`; "auto" takes the Pallas kernel of the platform, or "chunked" on CPU.
+    remat: what the backward pass recomputes. "none": nothing; "full": all but each block's input; "attention": as
+        full, with each attention's output kept; "dots": all but matmul results.
+    unroll: a Python loop over layers instead of `lax.scan`: slower to compile, sometimes faster to run.
+    layout: None on one device.
+    taps: names of intermediates that `forward` returns in `aux.taps`: "residual" (each block's input), "attn", "ffn".
+    vocab_chunk: columns of logits that the loss holds at a time.
+    """
+
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Backend = "auto"
+    remat: Remat = "none"
+    unroll: bool = False
+    layout: Layout | None = None
+    taps: tuple[str, ...] = ()
+    vocab_chunk: int = 16_384

@@ -1,0 +1,191 @@
+"""Where arrays live: one mesh, and rule tables from logical axes to mesh axes.
+
+A `Layout` is a value: the sizes of the mesh axes, a rule table, and a ZeRO stage. A new layout is a new table, not an
+edit of the model. Two tables follow from it:
+
+    compute   how a weight lies while it is multiplied (tensor parallelism only)
+    storage   how fp32 masters and optimiser moments lie: compute, plus the "data" axis from ZeRO stage 1 on
+
+    stage 0   everything replicated over data
+    stage 1   storage sharded; one compute-dtype copy gathered per step; gradients kept whole
+    stage 2   as 1, gradients sharded as they are made
+    stage 3   storage sharded; each layer gathered as it is used, its gradient scattered as it is made (FSDP)
+
+(Rajbhandari et al. 2020.) The gradient's layout is set where a weight is used, by the one custom_vjp of this file:
+annotating only the optimiser's state makes XLA gather fp32 updates instead.
+
+Arrays are placed by PartitionSpec on the *context mesh* (`jax.set_mesh`), so that the same code runs inside a
+`shard_map` of the pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from jaxllm import leaves
+from jaxllm.params import Param, ParamTree, map_params
+
+MESH_AXES = ("replica", "stage", "data", "expert", "sequence", "tensor")
+
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
+
+RULES: Rules = (
+    ("batch", ("replica", "data")),
+    ("vocab", ("tensor",)),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("ffn", ("tensor",)),
+)
+"""Data and tensor parallelism. An axis that is not named is not sharded."""
+
+_STORAGE_ORDER = ("embed", "ffn", "heads", "kv_heads", "vocab", "head_dim")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a program is spread over devices.
+
+    replica, data, tensor: sizes of mesh axes; `data=None` takes all devices that the others leave.
+    zero: the ZeRO stage.  rules: logical axis -> mesh axes.
+    replicate_below: parameters with fewer elements per layer stay whole over data: gathering a norm's scale
+    costs three small collectives where its gradient's sum costs one.
+    """
+
+    data: int | None = None
+    tensor: int = 1
+    replica: int = 1
+    zero: Literal[0, 1, 2, 3] = 3
+    rules: Rules = RULES
+    replicate_below: int = 2**16
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Mesh axis -> size for this many devices. Raises ValueError when they do not divide."""
+        others = self.tensor * self.replica
+        data = devices // others if self.data is None else self.data
+        if data * others != devices or data < 1:
+            raise ValueError(
+                f"layout: replica={self.replica} x data={self.data} x tensor={self.tensor} must be the number of devices, "
+                f"{devices}; set data=None to take what is left, with tensor * replica dividing {devices}"
+            )
+        return dict.fromkeys(MESH_AXES, 1) | {"replica": self.replica, "data": data, "tensor": self.tensor}
+
+
+def make_mesh(layout: Layout, devices: Any = None) -> Mesh:
+    """The mesh of a layout over `devices` (default: all of jax's)."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = layout.sizes(len(devices))
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+
+
+def mesh_sizes() -> Mapping[str, int]:
+    """Axis sizes of the context mesh; empty when there is none."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def partition(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], layout: Layout, sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """PartitionSpec of an array whose axes have these logical names, by the compute table.
+
+    Raises ValueError when a mesh axis does not divide heads or ffn, or neither divides kv_heads nor faces a single one.
+    A vocabulary that does not divide stays whole.
+    """
+    rules = dict(layout.rules)
+    out: list[tuple[str, ...] | None] = []
+    for axis, n in zip(axes, shape, strict=True):
+        mesh_axes = tuple(a for a in rules.get(axis or "", ()) if sizes.get(a, 1) > 1)
+        ways = math.prod(sizes[a] for a in mesh_axes)
+        if n % ways and not (axis == "vocab" or (axis == "kv_heads" and n == 1)):
+            raise ValueError(
+                f"layout: mesh axes {mesh_axes} of size {ways} must divide {axis}={n}; choose a size that divides {n}"
+            )
+        out.append(mesh_axes if mesh_axes and n % ways == 0 else None)
+    return PartitionSpec(*out)
+
+
+def storage(param: Param, layout: Layout, sizes: Mapping[str, int]) -> PartitionSpec:
+    """PartitionSpec of a master weight and its moments: the compute table, and "data" on one more axis from stage 1 on.
+
+    The data axis goes to the first of embed, ffn, heads, kv_heads, vocab, head_dim that it divides.
+    """
+    spec = partition(param.axes, param.shape, layout, sizes)
+    per_layer = math.prod(n for n, a in zip(param.shape, param.axes, strict=True) if a != "layers")
+    data = sizes.get("data", 1)
+    if layout.zero == 0 or data == 1 or per_layer < layout.replicate_below:
+        return spec
+    for axis in _STORAGE_ORDER:
+        if axis in param.axes:
+            i = param.axes.index(axis)
+            used = spec[i] or ()
+            if param.shape[i] % (data * math.prod(sizes[a] for a in used)) == 0:
+                return PartitionSpec(*spec[:i], (*used, "data"), *spec[i + 1 :])
+    return spec
+
+
+def storage_shardings(tree: ParamTree, layout: Layout, mesh: Mesh) -> Any:
+    """NamedSharding per parameter for masters and moments."""
+    return map_params(lambda p: NamedSharding(mesh, storage(p, layout, mesh.shape)), tree)
+
+
+def constrain(x: Array, axes: tuple[str | None, ...], layout: Layout | None) -> Array:
+    """Pin an activation's layout by logical axis names; the identity without a layout or a mesh."""
+    sizes = mesh_sizes()
+    if layout is None or not sizes:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, layout, sizes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _relay(w: Array, dtype: DTypeLike, forward: PartitionSpec, backward: PartitionSpec) -> Array:
+    """w in `dtype`, laid out `forward`; its gradient is laid out `backward`, then cast to w's dtype."""
+    return jax.lax.with_sharding_constraint(w.astype(dtype), forward)
+
+
+def _relay_fwd(w: Array, dtype: DTypeLike, forward: PartitionSpec, backward: PartitionSpec) -> tuple[Array, Array]:
+    return _relay(w, dtype, forward, backward), np.zeros((0,), w.dtype)  # type: ignore[return-value]
+
+
+def _relay_bwd(dtype: DTypeLike, forward: PartitionSpec, backward: PartitionSpec, like: Array, g: Array) -> tuple[Array]:
+    return (jax.lax.with_sharding_constraint(g, backward).astype(like.dtype),)
+
+
+_relay.defvjp(_relay_fwd, _relay_bwd)
+
+
+def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -> Any:
+    """Weights ready to be multiplied: floating arrays in `dtype` and in the compute layout.
+
+    tree: the declaration of `params`.  The gradient that flows back is in the storage layout (whole in stages 0 and 1).
+    Integer arrays (quantised values) are laid out but not cast; scales stay float32.
+    """
+    sizes = mesh_sizes()
+
+    def one(p: Param, w: leaves.Weight) -> Any:
+        def array(x: Array, axes: tuple[str | None, ...]) -> Array:
+            small = isinstance(w, leaves.Quantised) and x is w.scale
+            cast = dtype if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) and not small else x.dtype
+            if layout is None or not sizes:
+                return x.astype(cast)
+            forward = partition(axes, x.shape, layout, sizes)
+            sharded = layout.zero >= 2 and axes == p.axes
+            return _relay(x, cast, forward, storage(p, layout, sizes) if sharded else forward)
+
+        return leaves.map_arrays(array, w, p.axes, outputs=_outputs(p))
+
+    return map_params(one, tree, params)
+
+
+def _outputs(p: Param) -> int:
+    """How many trailing axes of a projection are outputs: q/k/v are [D | heads, head_dim], the rest [.. | out]."""
+    return 2 if p.axes[-2:-1] in (("heads",), ("kv_heads",)) and p.axes[-1] == "head_dim" else 1
