@@ -1,0 +1,103 @@
+"""The static half of a mask as a three-valued logic over blocks of (query, key) slots.
+
+A block is EMPTY (no pair may meet), FULL (every pair may) or MIXED. Ordered so, `&` of two patterns is the minimum of
+their kinds and `|` the maximum (Kleene's strong logic): exact for a single pattern, conservative (MIXED when unsure)
+for combinations. A new pattern is one more case in `allowed` and one in `block_kind`.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, NamedTuple, assert_never
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxllm import config
+
+Slots = Any  # an int, a numpy or a jax integer array; operands broadcast against each other
+
+
+class Kind(IntEnum):
+    """What a block of slots holds; the order is the truth order of the logic."""
+
+    EMPTY = 0
+    MIXED = 1
+    FULL = 2
+
+
+class Blocks(NamedTuple):
+    """Blocks that are not empty, sorted by query block, then key block.
+
+    q, k: int32 [n] block indices.  kind: int32 [n], Kind.MIXED or Kind.FULL.
+    """
+
+    q: Int[np.ndarray, " n"]
+    k: Int[np.ndarray, " n"]
+    kind: Int[np.ndarray, " n"]
+
+    def only(self, kind: Kind) -> Blocks:
+        """The blocks of one kind."""
+        at = self.kind == kind
+        return Blocks(self.q[at], self.k[at], self.kind[at])
+
+
+def allowed(pattern: config.Pattern, q_slot: Slots, k_slot: Slots) -> Any:
+    """Whether each query slot may see each key slot: bool, of the operands' broadcast shape (numpy or jax)."""
+    match pattern:
+        case config.Full():
+            return (q_slot >= k_slot) | True
+        case config.Causal():
+            return q_slot >= k_slot
+        case config.Local(window):
+            distance = q_slot - k_slot
+            return (distance < window) & (distance > -window)
+        case config.And(left, right):
+            return allowed(left, q_slot, k_slot) & allowed(right, q_slot, k_slot)
+        case config.Or(left, right):
+            return allowed(left, q_slot, k_slot) | allowed(right, q_slot, k_slot)
+        case other:
+            assert_never(other)
+
+
+def block_kind(pattern: config.Pattern, q_lo: Slots, q_hi: Slots, k_lo: Slots, k_hi: Slots) -> Any:
+    """Kind of the blocks of queries [q_lo, q_hi) and keys [k_lo, k_hi), by interval arithmetic on slots.
+
+    Bounds are ints or numpy arrays that broadcast; intervals must not be empty. Returns int arrays of `Kind` values.
+    """
+    nearest, furthest = q_lo - (k_hi - 1), (q_hi - 1) - k_lo  # the range of q - k, both ends reached
+    match pattern:
+        case config.Full():
+            return _kind(nearest <= furthest, nearest <= furthest)
+        case config.Causal():
+            return _kind(furthest >= 0, nearest >= 0)
+        case config.Local(window):
+            inside = (furthest < window) & (nearest > -window)
+            return _kind((nearest < window) & (furthest > -window), inside)
+        case config.And(left, right):
+            bounds = (q_lo, q_hi, k_lo, k_hi)
+            return np.minimum(block_kind(left, *bounds), block_kind(right, *bounds))
+        case config.Or(left, right):
+            bounds = (q_lo, q_hi, k_lo, k_hi)
+            return np.maximum(block_kind(left, *bounds), block_kind(right, *bounds))
+        case other:
+            assert_never(other)
+
+
+def _kind(some: Any, every: Any) -> Any:
+    return np.asarray(some, np.int32) + np.asarray(every, np.int32)
+
+
+def kinds(pattern: config.Pattern, T: int, S: int, block_q: int, block_k: int) -> Int[np.ndarray, "nq nk"]:
+    """Kind of every block of a [T, S] score matrix, slots being 0..T-1 and 0..S-1. A ragged last key block is MIXED."""
+    q_lo = np.arange(0, T, block_q)[:, None]
+    k_lo = np.arange(0, S, block_k)[None, :]
+    kind = block_kind(pattern, q_lo, np.minimum(q_lo + block_q, T), k_lo, np.minimum(k_lo + block_k, S))
+    return np.where(k_lo + block_k > S, np.minimum(kind, Kind.MIXED), kind).astype(np.int32)
+
+
+def block_lists(pattern: config.Pattern, T: int, S: int, block_q: int, block_k: int) -> Blocks:
+    """The non-empty blocks of a [T, S] score matrix in blocks of [block_q, block_k]; see `kinds`."""
+    table = kinds(pattern, T, S, block_q, block_k)
+    q, k = np.nonzero(table)
+    return Blocks(q.astype(np.int32), k.astype(np.int32), table[q, k])
