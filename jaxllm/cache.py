@@ -1,0 +1,131 @@
+"""Key/value caches and their verbs: `init`, `commit`, `reorder`.
+
+`forward` only reads a cache and returns new rows; `commit` writes accepted rows once, after the layer scan. With the
+cache in the scan's carry the same decode step needs 12 times the temporary memory (2,304 MiB against 192 MiB for a
+2 GiB cache on TPU v5e), and rejected rows (speculation) would overwrite live ones.
+
+Dense and ring are one kind: a ring is a cache shorter than the context. A token of slot s lies in row s % S, and the
+cache remembers each row's slot and segment, so the mask needs no other arithmetic. Layout is head-major [L, B, K, S, H].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxllm.config import And, Block, Local, Pattern, Transformer
+
+
+@struct.dataclass
+class KV:
+    """Keys (rotated) and values of the L layers at one place of a stack's pattern.
+
+    k, v: [L, B, K, S, H].  slot_BS: int32, the slot each row holds.  segment_BS: int32, 0 = empty.
+    ring: whether slots wrap around (a sliding window keeps only its width).
+    """
+
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
+    slot_BS: Int[Array, "B S"]
+    segment_BS: Int[Array, "B S"]
+    ring: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class Rows:
+    """What a forward adds to a cache: k, v [L, B, K, T, H] and the tokens' segments [B, T]."""
+
+    k: Float[Array, "L B K T H"]
+    v: Float[Array, "L B K T H"]
+    segment_BT: Int[Array, "B T"]
+
+
+Caches = tuple[tuple[KV, ...], ...]  # caches[stack][place in the pattern]
+
+
+def window(pattern: Pattern) -> int | None:
+    """How many of the latest tokens a causal query can see under this pattern; None when there is no bound."""
+    match pattern:
+        case Local(w):
+            return w
+        case And(left, right):
+            bounds = [w for w in (window(left), window(right)) if w is not None]
+            return min(bounds, default=None)
+        case _:
+            return None
+
+
+def init(spec: Transformer, batch: int, size: int, dtype: DTypeLike, ring: bool = True) -> Caches:
+    """Empty caches for `size` slots per row; layers with a sliding window keep only its width when `ring`.
+
+    size=0 gives caches that hold nothing: `forward` against them is a prefill that reads no cache and returns rows.
+    """
+
+    def one(block: Block, repeats: int) -> KV:
+        attn = block.attn
+        bound = window(attn.pattern) if ring and spec.causal else None
+        wraps = bound is not None and bound < size
+        rows = bound if wraps else size
+        kv = jnp.zeros((repeats, batch, attn.kv_heads, rows, attn.head_dim), dtype)
+        empty = jnp.zeros((batch, rows), jnp.int32)
+        return KV(kv, kv, empty, empty, wraps)
+
+    return tuple(tuple(one(block, stack.repeats) for block in stack.pattern) for stack in spec.stacks)
+
+
+def commit(caches: Caches, rows: Any, start_B: Int[Array, " B"], count_B: Int[Array, " B"]) -> Caches:
+    """Write the first count_B[b] of a forward's rows at slots start_B[b], start_B[b] + 1, ...
+
+    Rows at or past the count are dropped, and so are rows past the end of a cache that holds the whole context: a
+    clamped update would overwrite valid ones. A ring keeps the last rows that fit.
+    """
+
+    def one(cache: KV, new: Rows) -> KV:
+        size, length = cache.slot_BS.shape[1], new.segment_BT.shape[1]
+        if size == 0:
+            return cache
+        i_T = jnp.arange(length)
+        slot_BT = start_B[:, None] + i_T
+        keep = i_T < count_B[:, None]
+        if cache.ring:
+            keep &= i_T >= count_B[:, None] - size
+        row_BT = jnp.where(keep, slot_BT % size if cache.ring else slot_BT, size)  # row `size` is out of range: dropped
+
+        def scatter(kv: Array, x: Array) -> Array:
+            # Advanced indices B and row come first in the indexed view: [B, T, L, K, H].
+            b = jnp.arange(x.shape[1])[:, None]
+            return kv.at[:, b, :, row_BT].set(x.transpose(1, 3, 0, 2, 4).astype(kv.dtype), mode="drop")
+
+        b = jnp.arange(slot_BT.shape[0])[:, None]
+        return cache.replace(
+            k=scatter(cache.k, new.k),
+            v=scatter(cache.v, new.v),
+            slot_BS=cache.slot_BS.at[b, row_BT].set(slot_BT, mode="drop"),
+            segment_BS=cache.segment_BS.at[b, row_BT].set(new.segment_BT, mode="drop"),
+        )
+
+    return tuple(tuple(map(one, stack, new)) for stack, new in zip(caches, rows, strict=True))
+
+
+def reorder(caches: Caches, index_B: Int[Array, " B"]) -> Caches:
+    """Row b of the result is row index_B[b]: the survivors of a beam step.
+
+    A gather of the dense cache (as large as the cache); paged caches will swap page indices instead.
+    """
+
+    def one(c: KV) -> KV:
+        return c.replace(
+            k=c.k[:, index_B], v=c.v[:, index_B], slot_BS=c.slot_BS[index_B], segment_BS=c.segment_BS[index_B]
+        )
+
+    return tuple(tuple(map(one, stack)) for stack in caches)
+
+
+def nbytes(caches: Any) -> int:
+    """Bytes of real or abstract caches."""
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(caches))
