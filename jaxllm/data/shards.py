@@ -138,6 +138,8 @@ def prepare_shards(
         progress(f"shards: {len(entries)} done, {sum(e['tokens'] for e in entries):,} tokens")
     _finish(partial_folder, entries, tokenizer)
     partial_folder.rename(folder)
+    for stale in folder.glob("entry-*.json"):  # only resuming needs them
+        stale.unlink()
     return open_shards(folder, tokenizer)
 
 
@@ -251,7 +253,7 @@ def _in_order(make: Callable[..., Any], jobs: Iterable[Any], workers: int) -> It
 
 
 def _finish(folder: epath.Path, entries: list[dict[str, Any]], tokenizer: Tokenizer) -> None:
-    """Write the index and the manifest, and remove what only resuming needs."""
+    """Write the index and the manifest; drop shards of an earlier, longer corpus."""
     if not entries:
         raise ValueError("prepare_shards: there must be at least one document, got none; check the corpus")
     names = sorted({name for entry in entries for name in entry["counts"]})
@@ -268,8 +270,6 @@ def _finish(folder: epath.Path, entries: list[dict[str, Any]], tokenizer: Tokeni
         "shards": [{key: entry[key] for key in ("tokens", "sha256", "corpus")} for entry in entries],
     }
     write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-    for stale in folder.glob("entry-*.json"):
-        stale.unlink()
     for stale in folder.glob("tokens-*.npy"):
         if stale.name not in {_tokens_name(i) for i in range(len(entries))}:
             stale.unlink()
