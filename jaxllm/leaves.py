@@ -35,7 +35,7 @@ class Quantised:
 class Adapted:
     """base + scaling * a @ b (LoRA, Hu et al. 2021, eq. 3).
 
-    base: any Weight with input axes first, as in "DNH".  a: [*input axes, R].  b: [R, *output axes].
+    base: any Weight.  a: [*leading axes of the base, R].  b: [R, *the other axes].  Either side may be contracted.
     scaling: alpha / R, float32 [] (an array, so that stacking and sharding treat it like the rest).
     """
 
@@ -98,13 +98,13 @@ def _project(x: Array, w: Weight, equation: str) -> Array:
             return (y.astype(jnp.float32) * out_scale).astype(x.dtype)
         case Adapted(base, a, b, scaling):
             x_axes, w_axes, out_axes = _axes(equation)
-            inner = "".join(c for c in w_axes if c not in out_axes)
-            outer = "".join(c for c in w_axes if c in out_axes)
-            if w_axes != inner + outer:
-                raise ValueError(f"Adapted: the weight's input axes must come first, got {w_axes!r} in {equation!r}")
-            rest = "".join(c for c in x_axes if c not in inner)
-            low = jnp.einsum(f"{x_axes},{inner}R->{rest}R", x, a.astype(x.dtype))
-            delta = jnp.einsum(f"{rest}R,R{outer}->{out_axes}", low, b.astype(x.dtype))
+            first, second = w_axes[: a.ndim - 1], w_axes[a.ndim - 1 :]
+            into, out_of = (f"{first}R", a), (f"R{second}", b)
+            if first[0] in out_axes:  # a head [V, D] contracts its trailing axes
+                into, out_of = out_of, into
+            rest = "".join(c for c in x_axes if c in out_axes)
+            low = jnp.einsum(f"{x_axes},{into[0]}->{rest}R", x, into[1].astype(x.dtype))
+            delta = jnp.einsum(f"{rest}R,{out_of[0]}->{out_axes}", low, out_of[1].astype(x.dtype))
             return _project(x, base, equation) + delta * scaling.astype(x.dtype)
         case _:
             return jnp.einsum(equation, x, w.astype(x.dtype))
@@ -128,6 +128,44 @@ def lookup(table_VD: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[
             return lookup(base, ids, dtype) + delta.astype(dtype)
         case _:
             return table_VD.at[ids].get(mode="fill", fill_value=jnp.nan).astype(dtype)
+
+
+def chunk_rows(w: Weight, chunks: int, ways: int = 1) -> Any:
+    """The rows of a weight in `chunks` groups: each array gets a leading axis of that size, for a scan.
+
+    With `ways` > 1 the rows are seen as that many equal shards, and every chunk takes an equal part of each, so that
+    a sharded axis stays sharded. The number of rows must be a multiple of chunks * ways.
+    """
+
+    def rows(x: Array) -> Array:
+        split = x.reshape(ways, chunks, x.shape[0] // (chunks * ways), *x.shape[1:])
+        return split.swapaxes(0, 1).reshape(chunks, x.shape[0] // chunks, *x.shape[1:])
+
+    def whole(x: Array) -> Array:
+        return jnp.broadcast_to(x, (chunks, *x.shape))
+
+    match w:
+        case Quantised(values, scale):
+            return Quantised(rows(values), whole(scale) if scale.shape[0] == 1 else rows(scale))
+        case Adapted(base, a, b, scaling):
+            return Adapted(chunk_rows(base, chunks, ways), rows(a), whole(b), whole(scaling))
+        case _:
+            return rows(w)
+
+
+def pad_rows(w: Weight, rows: int) -> Any:
+    """The weight with zero rows appended up to `rows`."""
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+    match w:
+        case Quantised(values, scale):
+            return Quantised(pad(values), scale if scale.shape[0] == 1 else pad(scale))
+        case Adapted(base, a, b, scaling):
+            return Adapted(pad_rows(base, rows), pad(a), b, scaling)
+        case _:
+            return pad(w)
 
 
 def map_arrays(f: Callable[[Array, tuple[str | None, ...]], Any], w: Weight, axes: tuple[str, ...], outputs: int) -> Any:

@@ -105,12 +105,12 @@ def partition(
     out: list[tuple[str, ...] | None] = []
     for axis, n in zip(axes, shape, strict=True):
         mesh_axes = tuple(a for a in rules.get(axis or "", ()) if sizes.get(a, 1) > 1)
-        ways = math.prod(sizes[a] for a in mesh_axes)
-        if n % ways and not (axis == "vocab" or (axis == "kv_heads" and n == 1)):
+        cut = math.prod(sizes[a] for a in mesh_axes)
+        if n % cut and not (axis == "vocab" or (axis == "kv_heads" and n == 1)):
             raise ValueError(
-                f"layout: mesh axes {mesh_axes} of size {ways} must divide {axis}={n}; choose a size that divides {n}"
+                f"layout: mesh axes {mesh_axes} of size {cut} must divide {axis}={n}; choose a size that divides {n}"
             )
-        out.append(mesh_axes if mesh_axes and n % ways == 0 else None)
+        out.append(mesh_axes if mesh_axes and n % cut == 0 else None)
     return PartitionSpec(*out)
 
 
@@ -127,10 +127,23 @@ def storage(param: Param, layout: Layout, sizes: Mapping[str, int]) -> Partition
     for axis in _STORAGE_ORDER:
         if axis in param.axes:
             i = param.axes.index(axis)
-            used = spec[i] or ()
+            used = _names(spec[i])
             if param.shape[i] % (data * math.prod(sizes[a] for a in used)) == 0:
                 return PartitionSpec(*spec[:i], (*used, "data"), *spec[i + 1 :])
     return spec
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec (which turns a tuple of one into the name)."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
+def ways(axis: str, size: int, layout: Layout | None) -> int:
+    """Into how many shards the compute table cuts a logical axis of this size on the context mesh."""
+    sizes = mesh_sizes()
+    if layout is None or not sizes:
+        return 1
+    return math.prod(sizes[a] for a in _names(partition((axis,), (size,), layout, sizes)[0]))
 
 
 def storage_shardings(tree: ParamTree, layout: Layout, mesh: Mesh) -> Any:

@@ -52,7 +52,7 @@ def corpus_files(path: str) -> list[epath.Path]:
     if root.is_file():
         return [root]
     if root.is_dir():
-        found = [p for p in root.rglob("*") if p.name.endswith(_ENDINGS)]
+        found = [p for p in _descend(root) if p.name.endswith(_ENDINGS)]
     else:
         found = list(root.parent.glob(root.name)) if root.parent.is_dir() else []
     files = sorted((p for p in found if not p.name.startswith(".") and p.is_file()), key=str)
@@ -61,6 +61,14 @@ def corpus_files(path: str) -> list[epath.Path]:
             f"corpus {path}: no such file, or no file ending in {', '.join(_ENDINGS)} there; give a file, a directory or a glob"
         )
     return files
+
+
+def _descend(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _descend(path)
+        else:
+            yield path
 
 
 def _read(file: epath.Path) -> Iterator[Document]:

@@ -1,0 +1,44 @@
+"""Next-token prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxllm.config import Transformer
+from jaxllm.objectives.logprobs import token_logprobs
+from jaxllm.records import Batch, Inputs
+from jaxllm.runtime import Runtime
+from jaxllm.transformer import forward
+
+
+def inputs_of(batch: Batch) -> Inputs:
+    """What `forward` needs of a batch; slots are 0..T-1."""
+    return Inputs(batch.tokens_BT, batch.position_BT, segment_BT=batch.segment_BT)
+
+
+def nll(params: Any, spec: Transformer, batch: Batch, runtime: Runtime) -> Float[Array, "B T"]:
+    """-log p(target) of every token in nats, float32; 0 where the weight is 0."""
+    hidden_BTD = forward(params, spec, inputs_of(batch), runtime).hidden_BTD
+    logprob_BT = token_logprobs(params, spec, hidden_BTD, batch.target_BT, runtime)
+    return jnp.where(batch.weight_BT > 0, -logprob_BT, 0.0)
+
+
+def lm_loss(
+    params: Any, spec: Transformer, batch: Batch, runtime: Runtime, key: Array | None = None, *, channels: int = 1
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean next-token cross-entropy in nats over tokens of positive weight.
+
+    aux: weight [], and by channel of the token [channels]: channel_nll, channel_weight (sums).
+    """
+    weighted_BT = nll(params, spec, batch, runtime) * batch.weight_BT
+    of_channel = batch.channel_BT[..., None] == jnp.arange(channels)
+    weight = batch.weight_BT.sum()
+    aux = {
+        "weight": weight,
+        "channel_nll": jnp.where(of_channel, weighted_BT[..., None], 0.0).sum((0, 1)),
+        "channel_weight": jnp.where(of_channel, batch.weight_BT[..., None], 0.0).sum((0, 1)),
+    }
+    return weighted_BT.sum() / jnp.maximum(weight, 1e-9), aux

@@ -1,0 +1,88 @@
+"""Compile one training step for a TPU slice that is not there. Runs in a process of its own: python -m jaxllm.plan.child DIR
+
+The TPU compiler reads its environment once, when it is loaded, and can take gigabytes or die; the parent
+(`jaxllm.plan.compile`) sets that environment, watches this process, and reads from DIR what it leaves:
+
+    job.json      in: {"experiment": tagged JSON, "topology": name}
+    phase         out: what is being done now
+    hlo.txt.gz    out: the scheduled program of one device
+    result.json   out: memory figures and seconds, or {"error": text}
+    dump/         out: the compiler's buffer assignment, written even for a program that does not fit
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from jaxllm.experiment import Experiment, saved
+from jaxllm.objectives.lm import lm_loss
+from jaxllm.sharding import make_mesh
+from jaxllm.train.optimizer import make_optimizer
+from jaxllm.train.step import abstract_batch, abstract_state, make_step
+from jaxllm.transformer import transformer_params
+
+_FIGURES = ("argument_size", "output_size", "alias_size", "temp_size", "generated_code_size", "host_temp_size")
+
+
+def lower(exp: Experiment, topology: str) -> Any:
+    """The real train step of `exp`, lowered for the slice."""
+    mesh = make_mesh(exp.runtime.layout, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    tree = transformer_params(exp.model)
+    optimizer = make_optimizer(exp.optimizer, tree)
+
+    def loss(params: Any, batch: Any, key: Any) -> Any:
+        return lm_loss(params, exp.model, batch, exp.runtime, key, channels=max(len(exp.data.sources), 1))
+
+    state = abstract_state(tree, optimizer, exp.runtime, mesh)
+    batch = abstract_batch(exp.batch_size, exp.data.context, exp.runtime, mesh)
+    step = make_step(loss, optimizer, tree, exp.runtime, accumulate=exp.accumulate, seed=exp.seed)
+    with jax.set_mesh(mesh):
+        return step.lower(state, batch)  # type: ignore[attr-defined]
+
+
+def compile_job(job: Path) -> dict[str, Any]:
+    """What result.json holds for the job in this directory."""
+    wanted = json.loads((job / "job.json").read_text())
+    write(job / "phase", "tracing the step")
+    start, cpu = time.monotonic(), time.process_time()
+    lowered = lower(saved(wanted["experiment"]), wanted["topology"])
+    lowered_at = time.monotonic()
+    write(job / "phase", "compiling")
+    compiled = lowered.compile()
+    done, cpu = time.monotonic(), time.process_time() - cpu
+    write(job / "phase", "reading the program")
+    with gzip.open(job / "hlo.txt.gz", "wt", compresslevel=3) as file:
+        file.write(compiled.as_text())
+    memory = compiled.memory_analysis()
+    figures = {name: int(getattr(memory, f"{name}_in_bytes", 0)) for name in _FIGURES}
+    return {"memory": figures, "lower_seconds": lowered_at - start, "compile_seconds": done - lowered_at, "cpu_seconds": cpu}
+
+
+def write(path: Path, text: str) -> None:
+    """Write to a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def main(job: Path) -> int:
+    """Exit code 0, or 1 with the error in result.json."""
+    try:
+        result = compile_job(job)
+    except Exception as error:
+        write(job / "result.json", json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        raise
+    write(job / "result.json", json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

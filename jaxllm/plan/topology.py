@@ -1,0 +1,91 @@
+"""The chips that can be planned for, and the names of their slices.
+
+A slice is named as Google Cloud names it, chip:AxB or chip:AxBxC, chips along each axis of its torus: "v5e:16x16".
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device as the compiler sees it.
+
+    clock: Hz at which the compiler counts its estimated cycles.  peak: bf16 FLOP/s, published.
+    hbm: bytes, published.  wire: bytes/s over all of the chip's links to others, published, one direction.
+    axes: dimensions of its torus.
+    """
+
+    name: str
+    clock: float
+    peak: float
+    hbm: int
+    wire: float
+    axes: int
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 1.05e9, 275e12, 32 * 2**30, 300e9, 3),
+        Chip("v5e", 1.50e9, 197e12, 16 * 2**30, 200e9, 2),
+        Chip("v5p", 1.75e9, 459e12, 95 * 2**30, 600e9, 3),
+        Chip("v6e", 1.75e9, 918e12, 32 * 2**30, 448e9, 2),
+    )
+}
+"""Google Cloud TPU documentation, system architecture pages; clock = peak / FLOPs per cycle."""
+
+_SIZES = {
+    2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice of a pod: chips of one kind on a torus of `shape`."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """As the compiler takes it: "v5e:16x16"."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def devices(self) -> int:
+        """Number of chips."""
+        return math.prod(self.shape)
+
+
+def names() -> list[str]:
+    """Slices that are sold; the compiler accepts some others too."""
+    return [f"{chip.name}:{size}" for chip in CHIPS.values() for size in _SIZES[chip.axes]]
+
+
+def parse(name: str) -> Slice:
+    """The slice of this name. Raises ValueError naming the nearest one when the chip or the number of axes is wrong."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name.strip().lower())
+    chip = CHIPS.get(match[1]) if match else None
+    shape = tuple(int(n) for n in match[2].split("x")) if match else ()
+    if chip is None or len(shape) != chip.axes or 0 in shape:
+        raise ValueError(
+            f"topology {name!r} is not known; did you mean {nearest(name)!r}? A name is chip:AxB for v5e and v6e, "
+            "chip:AxBxC for v4 and v5p"
+        )
+    return Slice(chip, shape)
+
+
+def nearest(name: str) -> str:
+    """The slice that is sold whose chip and number of chips come closest to what `name` asks for."""
+    chip, _, size = name.strip().lower().partition(":")
+    known = difflib.get_close_matches(chip, CHIPS, 1, 0.0)
+    numbers = [int(n) for n in re.findall(r"\d+", size)]
+    wanted = math.prod(numbers) if numbers else 4
+    options = [n for n in names() if n.startswith((known[0] if known else "v5e") + ":")]
+    return min(options, key=lambda n: abs(math.log2(max(wanted, 1) / math.prod(map(int, n.split(":")[1].split("x"))))))

@@ -1,0 +1,262 @@
+"""Checkpoints: Orbax writes the arrays in the background, `manifest` seals them, nothing unsealed ever counts.
+
+    with Checkpointer(directory) as saver:
+        saver.save(state, metric=loss, meta={"tokens": n})    # returns once the state is copied off the devices
+    state, meta = restore(directory, like)                     # the newest intact one, onto the shardings of `like`
+
+    <directory>/checkpoints.json     says that this directory is ours, so that leftovers in it may be deleted
+    <directory>/<step>/              one checkpoint, sealed by its manifest.json
+
+A state is stored as nested dicts keyed by its paths (`params/stacks/0/0/attn/q/kernel`), whatever tuples and records it
+was made of: any Orbax reader can open it, and `like` alone decides what comes back. Arrays are not compressed: weights
+shrink by 10 % at best, and the space a save needs is known beforehand.
+
+With several processes each writes its shards; process 0 seals, deletes, and decides which checkpoint is restored. All
+of them must call `save`, `wait` and `restore` in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from jaxllm.params import path_name
+from jaxllm.records import Params, TrainState
+from jaxllm.train import manifest
+
+CHECKPOINTS = "checkpoints"
+"""The directory of a run directory that holds its checkpoints."""
+
+_MARK = "checkpoints.json"
+_HEADROOM = 1.1
+_log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves in the background, one at a time. The only state: the save in flight.
+
+    directory: local or gs://; made if needed, cleaned of what killed saves left.  keep: newest checkpoints that stay,
+    besides the one of the lowest metric when `best`.  Raises ValueError when the directory holds something else.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int = 2, best: bool = True) -> None:
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep={keep} must be at least 1; to save only at the end set checkpoint.every=none")
+        self._directory = folder.absolute(directory)
+        self._keep, self._best = keep, best
+        decided_by_first(partial(folder.claim, self._directory))
+        self._orbax = ocp.AsyncCheckpointer(_handler())
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: TrainState, metric: float | None = None, meta: dict[str, Any] | None = None) -> None:
+        """Start to save; returns after the copy to host memory, so that `state` may be donated at once.
+
+        Waits for the save before.  A step that has an intact checkpoint is left as it is.
+        metric: lower is better; not-a-number counts as None.  meta: JSON, given back by `restore`.
+        Raises OSError when the disk is too small, or when the save before failed; earlier checkpoints stay intact.
+        """
+        self.wait()
+        arrays = _flatten(state)
+        step, size = int(state.step), sum(x.nbytes for x in arrays.values())
+        if not decided_by_first(partial(folder.make_room, self._directory, step, size)):
+            return
+        metric = metric if metric is not None and math.isfinite(metric) else None
+        seal = partial(manifest.seal, step=step, metric=metric, meta=meta or {}, arrays=_shapes(arrays))
+        try:
+            with jax.transfer_guard("allow"):
+                self._orbax.save(self._directory / str(step), args=ocp.args.PyTreeSave(_nest(arrays)))
+        except Exception as error:
+            raise self._failed(step, size, error) from error
+        self._pending = self._worker.submit(self._finish, step, size, seal)
+
+    def wait(self) -> None:
+        """Until the save in flight is sealed. Raises OSError when it failed, once."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result() if jax.process_index() else pending.exception()
+            decided_by_first(pending.result)
+
+    def close(self) -> None:
+        """`wait`, then give the threads back."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            self._orbax.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            return self.close()
+        if self._pending is not None and (failure := self._pending.exception()) is not None:
+            _log.error("%s", failure)
+        self._worker.shutdown()
+
+    def _finish(self, step: int, size: int, seal: Callable[[epath.Path], None]) -> None:
+        """On the worker thread: Orbax's end, the seal, the deletion of what is no longer kept."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                seal(self._directory / str(step))
+                folder.prune(self._directory, step, self._keep, self._best)
+        except Exception as error:
+            raise self._failed(step, size, error) from error
+
+    def _failed(self, step: int, size: int, error: Exception) -> OSError:
+        """Remove what the failed save left, and say what happened."""
+        if jax.process_index() == 0:
+            folder.clean(self._directory)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return OSError(
+            f"the checkpoint of step {step} could not be written to {self._directory}: {reason}. It takes {folder.mib(size)}, "
+            f"{folder.free_text(self._directory)}. Earlier checkpoints, of steps {steps(self._directory)}, are untouched; make "
+            "room or choose another run_dir, and run the same command again"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def steps(directory: epath.PathLike) -> list[int]:
+    """Steps that have a sealed checkpoint, ascending. Their bytes are not checked."""
+    directory = folder.absolute(directory)
+    if not directory.exists():
+        return []
+    return sorted(int(d.name) for d in directory.iterdir() if d.name.isdecimal() and manifest.is_sealed(d))
+
+
+def restore(directory: epath.PathLike, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest intact checkpoint and its meta; None when there is none yet.
+
+    like: a TrainState of arrays or `jax.ShapeDtypeStruct`, whose shardings (default: the first device) say where the
+    arrays go, on any number of devices.  A damaged checkpoint is named in a warning and the one before it is taken.
+    Raises ValueError when all are damaged, when the directory is not ours, or when paths, shapes or dtypes differ.
+    """
+    directory = folder.absolute(directory)
+    step = decided_by_first(partial(_newest_intact, directory))
+    if step is None:
+        return None
+    entry = manifest.read(directory / str(step))
+    wanted = _flatten(like)
+    _check_same(directory / str(step), entry.arrays, _shapes(wanted))
+    arrays = _read(directory / str(step), {path: _target(leaf) for path, leaf in wanted.items()})
+    return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values())), entry.meta
+
+
+def load_params(run_dir: epath.PathLike, step: int | None = None) -> tuple[int, Params]:
+    """(step, parameters as nested dicts of numpy arrays) of a run, for inference; nothing else is read.
+
+    step: None for the newest intact checkpoint.  Raises ValueError when there is none, or when `step` is damaged.
+    """
+    directory = folder.absolute(run_dir) / CHECKPOINTS
+    if not directory.exists():
+        raise ValueError(f"{run_dir} is not a run directory: it has no {CHECKPOINTS}/; give the run_dir of a training run")
+    if step is None:
+        step = _newest_intact(directory)
+    elif (problem := _problem(directory, step)) is not None:
+        raise ValueError(problem)
+    if step is None:
+        raise ValueError(f"{directory} has no checkpoint yet; train until the first one is saved")
+    arrays = manifest.read(directory / str(step)).arrays
+    targets = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in arrays if path.startswith("params/")}
+    return step, _nest(_read(directory / str(step), targets))["params"]
+
+
+def _newest_intact(directory: epath.Path) -> int | None:
+    folder.check_ours(directory)
+    sealed = steps(directory)
+    for step in reversed(sealed):
+        problem = manifest.damage(directory / str(step))
+        if problem is None:
+            return step
+        _log.warning("checkpoint of step %d passed over: %s", step, problem)
+    if sealed:
+        raise ValueError(
+            f"{directory}: all checkpoints are damaged (steps {sealed}); delete the directory to start from step 0, "
+            "or bring a copy back"
+        )
+    return None
+
+
+def _problem(directory: epath.Path, step: int) -> str | None:
+    if step not in steps(directory):
+        return f"{directory} has no checkpoint of step {step}; there are {steps(directory)}"
+    return manifest.damage(directory / str(step))
+
+
+def _read(directory: epath.Path, targets: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
+    """Path -> array, of these paths only, in their order."""
+    item = _nest(dict.fromkeys(targets, 0))
+    args = ocp.args.PyTreeRestore(item=item, restore_args=_nest(targets), partial_restore=True)
+    with jax.transfer_guard("allow"), ocp.Checkpointer(_handler()) as reader:
+        found = _flatten(reader.restore(directory, args=args))
+    return {path: found[path] for path in targets}
+
+
+def _target(leaf: Any) -> ocp.RestoreArgs:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+
+def _check_same(directory: epath.Path, saved: dict[str, list[Any]], wanted: dict[str, list[Any]]) -> None:
+    """Raise ValueError naming the first path at which checkpoint and model differ."""
+    for path in sorted(saved.keys() | wanted.keys()):
+        if saved.get(path) != wanted.get(path):
+            raise ValueError(
+                f"{directory} does not fit this model and optimiser: {path} is {_describe(wanted.get(path))} here and "
+                f"{_describe(saved.get(path))} in the checkpoint; use the config it was trained with, or another run_dir"
+            )
+
+
+def _describe(array: list[Any] | None) -> str:
+    return "absent" if array is None else f"{array[1]}{array[0]}"
+
+
+# ------------------------------------------------------------------------------------------------- ---------- trees
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Path -> leaf, in jax's order. Raises ValueError when two leaves share a path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = {path_name(path): leaf for path, leaf in leaves}
+    if len(flat) != len(leaves):
+        raise ValueError("checkpoint: two leaves of the state have the same path; no key may contain '/'")
+    return flat
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """{'a/b': x} as {'a': {'b': x}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _shapes(arrays: dict[str, Any]) -> dict[str, list[Any]]:
+    return {path: [list(x.shape), str(x.dtype)] for path, x in arrays.items()}

@@ -1,0 +1,169 @@
+"""One training step: a pure function of (state, batch), jitted, its state donated.
+
+    step = make_step(loss, optimizer, tree, runtime)
+    state, metrics = step(state, batch)
+
+Nothing here knows the model: a loss is any `loss(params, batch, key) -> (weighted mean, {"weight": ..., sums})`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxllm.params import ParamTree, init, map_params, paths
+from jaxllm.records import Batch, TrainState
+from jaxllm.runtime import Runtime
+from jaxllm.sharding import mesh_sizes, partition, storage, storage_shardings, use
+
+Loss = Callable[[Any, Batch, Array], tuple[Float[Array, ""], dict[str, Array]]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+
+# ----------------------------------------------------------------------------------------------------------- state
+
+
+def init_state(tree: ParamTree, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    """A fresh state: fp32 masters, the optimiser's state, and counters of skipped steps in `extra`."""
+    params = init(tree, key)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), {"skipped": zero, "bad_streak": zero})
+
+
+def state_shardings(tree: ParamTree, optimizer: optax.GradientTransformation, runtime: Runtime, mesh: Mesh) -> Any:
+    """NamedSharding for every array of the state: masters and moments in the storage layout, the rest whole."""
+    shapes = jax.eval_shape(lambda key: init_state(tree, optimizer, key), jax.random.key(0))
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda _: whole, shapes)
+    if runtime.layout is None:
+        return shardings
+    params = storage_shardings(tree, runtime.layout, mesh)
+    moments = optax.tree_map_params(
+        optimizer, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole
+    )
+    return shardings.replace(params=params, opt_state=moments)
+
+
+def abstract_state(tree: ParamTree, optimizer: optax.GradientTransformation, runtime: Runtime, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs with shardings, for lowering, restoring and planning."""
+    shapes = jax.eval_shape(lambda key: init_state(tree, optimizer, key), jax.random.key(0))
+    shardings = state_shardings(tree, optimizer, runtime, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def batch_sharding(runtime: Runtime, mesh: Mesh) -> NamedSharding:
+    """Rows over the batch axes of the layout. [B, T]."""
+    if runtime.layout is None:
+        return NamedSharding(mesh, PartitionSpec())
+    ways = mesh.shape["replica"] * mesh.shape["data"]
+    return NamedSharding(mesh, partition(("batch", None), (ways, 1), runtime.layout, mesh.shape))
+
+
+def abstract_batch(rows: int, context: int, runtime: Runtime, mesh: Mesh) -> Batch:
+    """A batch [rows, context] as ShapeDtypeStructs with shardings."""
+    where = batch_sharding(runtime, mesh)
+    ints = jax.ShapeDtypeStruct((rows, context), jnp.int32, sharding=where)
+    return Batch(ints, ints, jax.ShapeDtypeStruct((rows, context), jnp.float32, sharding=where), ints, ints, ints)
+
+
+# ------------------------------------------------------------------------------------------------------------ step
+
+
+def make_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    tree: ParamTree,
+    runtime: Runtime,
+    *,
+    accumulate: int = 1,
+    seed: int = 0,
+    layer_norms: bool = False,
+) -> Step:
+    """A jitted step whose state is donated. Call it under `jax.set_mesh` when the runtime has a layout.
+
+    accumulate: micro-batches per step, weighted by their token counts, so that they add up to the big batch.
+    A step whose loss or gradient is not finite changes nothing but `step` and the counters in `extra`.
+    layer_norms: report every parameter's gradient norm as "grad_norm/<path>".
+
+    metrics: loss [], grad_norm [], skipped [], and the sums in the loss's aux.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        mean, aux, grads = gradients(loss, tree, state.params, batch, key, runtime, accumulate)
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(norm) & jnp.isfinite(mean)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+        extra = state.extra | {
+            "skipped": state.extra["skipped"] + ~good,
+            "bad_streak": jnp.where(good, 0, state.extra["bad_streak"] + 1),
+        }
+        new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), extra)
+        metrics = {"loss": mean, "grad_norm": norm, "skipped": extra["skipped"], "bad_streak": extra["bad_streak"]} | aux
+        if layer_norms:
+            metrics |= {f"grad_norm/{path}": jnp.linalg.norm(g.ravel()) for path, g in paths(grads)}
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def gradients(
+    loss: Loss, tree: ParamTree, params: Any, batch: Batch, key: Array, runtime: Runtime, accumulate: int
+) -> tuple[Float[Array, ""], dict[str, Array], Any]:
+    """(weighted mean loss, summed aux, fp32 gradients in the storage layout) over all micro-batches.
+
+    ZeRO stages 1 and 2 gather one compute-dtype copy of the weights here, once for all micro-batches, and differentiate
+    with respect to it.
+    """
+    layout = runtime.layout
+    if layout is not None and layout.zero in (1, 2) and mesh_sizes():
+        params = use(tree, params, layout, runtime.compute_dtype)
+
+    def total(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        mean, aux = loss(params, batch, key)
+        return mean * jax.lax.stop_gradient(aux["weight"]), aux
+
+    def micro(batch: Batch, key: Array) -> tuple[Array, dict[str, Array], Any]:
+        (value, aux), grads = jax.value_and_grad(total, has_aux=True)(params, batch, key)
+        return value, aux, _stored(tree, grads, runtime)
+
+    if accumulate == 1:
+        value, aux, grads = micro(batch, key)
+    else:
+        value, aux, grads = _accumulated(micro, batch, key, accumulate)
+    weight = jnp.maximum(aux["weight"], 1e-9)
+    return value / weight, aux, jax.tree.map(lambda g: g / weight, grads)
+
+
+def _accumulated(micro: Any, batch: Batch, key: Array, accumulate: int) -> Any:
+    """The sum of `micro` over micro-batches. Rows are dealt out in turn, so that no row changes its device."""
+    dealt = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(key, accumulate)
+    shapes = jax.eval_shape(micro, jax.tree.map(lambda x: x[0], dealt), keys[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total: Any, x: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, micro(*x)), None
+
+    return jax.lax.scan(add, zeros, (dealt, keys))[0]
+
+
+def _stored(tree: ParamTree, grads: Any, runtime: Runtime) -> Any:
+    """Gradients as fp32 in the storage layout."""
+    sizes = mesh_sizes()
+    if runtime.layout is None or not sizes:
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    layout = runtime.layout
+    return map_params(
+        lambda p, g: jax.lax.with_sharding_constraint(g, storage(p, layout, sizes)).astype(jnp.float32), tree, grads
+    )
