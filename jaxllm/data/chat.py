@@ -29,7 +29,9 @@ def render_chat(
     Raises ValueError when the tokenizer has no template, or when the template refuses the messages.
     """
     if tokenizer.chat_template is None:
-        raise ValueError("render_chat: this tokenizer has chat_template=None; use `generate` with a plain prompt instead")
+        raise ValueError(
+            "render_chat: this tokenizer has chat_template=None; use `generate` with a plain prompt instead"
+        )
     texts = {f"{role}_token": tokenizer.text_of(getattr(tokenizer, role)) for role in ("bos", "eos", "pad")}
     return render(tokenizer.chat_template, messages, add_generation_prompt=add_generation_prompt, tools=tools, **texts)
 

@@ -43,7 +43,9 @@ class Corpus:
                 empty = False
                 yield document
         if empty:
-            raise ValueError(f"corpus {self.path}: a corpus must hold text, but every document is empty; check the path")
+            raise ValueError(
+                f"corpus {self.path}: a corpus must hold text, but every document is empty; check the path"
+            )
 
 
 def corpus_files(path: str) -> list[epath.Path]:
@@ -99,7 +101,9 @@ def _lines(file: epath.Path) -> Iterator[bytes]:
 
 def _decode(line: bytes, place: str) -> str:
     if b"\0" in line:
-        raise ValueError(f"{place}: a corpus must be UTF-8 text, but there is a NUL at byte {line.index(0)}: a binary file?")
+        raise ValueError(
+            f"{place}: a corpus must be UTF-8 text, but there is a NUL at byte {line.index(0)}: a binary file?"
+        )
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -171,7 +175,9 @@ def split(documents: Iterable[Document], rule: HeldOut) -> tuple[list[Document],
         case LastChars(count):
             size = len(join(documents))
             if not 0 < count < size:
-                raise ValueError(f"LastChars: count={count} must be between 1 and {size - 1}, the corpus has {size} characters")
+                raise ValueError(
+                    f"LastChars: count={count} must be between 1 and {size - 1}, the corpus has {size} characters"
+                )
             return _cut(documents, size - count)
         case LastDocuments(fraction):
             count = max(1, round(len(documents) * fraction))
@@ -206,4 +212,3 @@ def _cut(documents: list[Document], at: int) -> tuple[list[Document], list[Docum
             return before, [Document(tail + following.text, following.channel), *documents[i + 2 :]]
         start = end + len(SEPARATOR)
     raise AssertionError(f"unreachable: cut {at} is past the end {start}")
-

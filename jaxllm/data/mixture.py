@@ -140,9 +140,13 @@ def _check_stage(stage: Stage, sources: int) -> None:
     if stage.batch < 1:
         raise ValueError(f"Stage at step {stage.start}: batch={stage.batch} must be at least 1")
     if len(stage.weights) != sources:
-        raise ValueError(f"Stage at step {stage.start}: {len(stage.weights)} weights for {sources} sources; give one each")
+        raise ValueError(
+            f"Stage at step {stage.start}: {len(stage.weights)} weights for {sources} sources; give one each"
+        )
     if not all(0 <= w < math.inf for w in stage.weights) or sum(stage.weights) == 0:
-        raise ValueError(f"Stage at step {stage.start}: weights must be finite, >= 0 and not all 0, got {stage.weights}")
+        raise ValueError(
+            f"Stage at step {stage.start}: weights must be finite, >= 0 and not all 0, got {stage.weights}"
+        )
 
 
 @dataclass(frozen=True)

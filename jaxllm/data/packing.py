@@ -210,6 +210,7 @@ def _open(folder: epath.Path, packing: Packing) -> Plan:
     counts = json.loads((folder / "plan.json").read_text())["counts"]
     plan = Plan(packing, read_array(folder / "starts.npy"), read_array(folder / "pieces.npy"), counts)
     if plan.rows != counts["rows"] or len(plan.pieces_P3) != counts["pieces"]:
-        raise ValueError(f"{folder}: holds {plan.rows} rows where plan.json says {counts['rows']}; delete that directory")
+        raise ValueError(
+            f"{folder}: holds {plan.rows} rows where plan.json says {counts['rows']}; delete that directory"
+        )
     return plan
-

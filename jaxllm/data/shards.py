@@ -97,14 +97,18 @@ def open_shards(path: epath.PathLike, tokenizer: Tokenizer | None = None) -> Sha
         raise FileNotFoundError(f"{folder}: no manifest.json, so no shards; make them with prepare_shards")
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest.get("version") != VERSION:
-        raise ValueError(f"{folder}: shards of version {manifest.get('version')}, this code reads {VERSION}; prepare again")
+        raise ValueError(
+            f"{folder}: shards of version {manifest.get('version')}, this code reads {VERSION}; prepare again"
+        )
     if tokenizer is not None:
         check_match(tokenizer, manifest["tokenizer"], f"shards {folder}")
     shards = Shards(folder, manifest)
     sizes = [len(array) for array in shards._arrays]
     wanted = [shard["tokens"] for shard in manifest["shards"]]
     if sizes != wanted or shards.tokens != sum(wanted):
-        raise ValueError(f"{folder}: shards hold {sizes} tokens where the manifest says {wanted}; delete and prepare again")
+        raise ValueError(
+            f"{folder}: shards hold {sizes} tokens where the manifest says {wanted}; delete and prepare again"
+        )
     return shards
 
 

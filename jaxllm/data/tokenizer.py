@@ -116,7 +116,9 @@ def load(path: epath.PathLike) -> Tokenizer:
     config = _config(file.parent)
     roles = {role: _role(backend, config, role) for role in ("bos", "eos", "pad")}
     add_bos = config.get("add_bos_token", backend.adds_bos)
-    return Tokenizer(backend, **roles, add_bos=bool(add_bos) and roles["bos"] is not None, chat_template=_template(config))
+    return Tokenizer(
+        backend, **roles, add_bos=bool(add_bos) and roles["bos"] is not None, chat_template=_template(config)
+    )
 
 
 def check_match(tokenizer: Tokenizer, fingerprint: str, owner: str) -> None:
