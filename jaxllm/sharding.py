@@ -199,6 +199,29 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
     return map_params(one, tree, params)
 
 
+def lookup(
+    declared: Param, table_VD: leaves.Weight, ids_BT: Array, layout: Layout | None, dtype: DTypeLike
+) -> Array:
+    """`leaves.lookup` that shards: rows [B, T, D] in the batch layout, without gathering the table.
+
+    Where the table's D is spread over "data" (ZeRO), each device looks up every row's own slice of D, and an
+    all-to-all turns [B, T, D/n] into [B/n, T, D]. Its gradient is then local to the slice: no [V, D] sum exists.
+    """
+    sizes = mesh_sizes()
+    if layout is None or not sizes:
+        return leaves.lookup(table_VD, ids_BT, dtype)
+    width = _names(storage(declared, layout, sizes)[1])
+    if "data" in width:
+        batch = _names(partition(("batch",), (ids_BT.shape[0],), layout, sizes)[0])
+        rest = tuple(a for a in batch if a not in width) or None
+        ids_BT = jax.lax.with_sharding_constraint(ids_BT, PartitionSpec(rest, None))
+        rows = leaves.lookup(table_VD, ids_BT, dtype)
+        rows = jax.lax.with_sharding_constraint(rows, PartitionSpec(rest, None, width))
+    else:
+        rows = leaves.lookup(table_VD, ids_BT, dtype)
+    return constrain(rows, ("batch", None, None), layout)
+
+
 def _outputs(p: Param) -> int:
     """How many trailing axes of a projection are outputs: q/k/v are [D | heads, head_dim], the rest [.. | out]."""
     return 2 if p.axes[-2:-1] in (("heads",), ("kv_heads",)) and p.axes[-1] == "head_dim" else 1

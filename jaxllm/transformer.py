@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.cache import KV, Caches, Rows
 from jaxllm.config import Block, Stack, Transformer
-from jaxllm.leaves import lookup, project
+from jaxllm.leaves import project
 from jaxllm.nn.attention import attention, attention_params
 from jaxllm.nn.ffn import ffn, ffn_params
 from jaxllm.nn.norm import norm, norm_params
@@ -25,7 +25,7 @@ from jaxllm.nn.position import Rotations, rotations
 from jaxllm.params import Constant, Normal, Param, ParamTree, layer, stacked
 from jaxllm.records import Aux, Inputs, Output
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import constrain, use
+from jaxllm.sharding import constrain, lookup, use
 
 # ------------------------------------------------------------------------------------------------------ parameters
 
@@ -43,6 +43,15 @@ def block_params(cfg: Block, dim: int, gain: float) -> ParamTree:
     return tree
 
 
+def embed_params(spec: Transformer) -> ParamTree:
+    """tokens [V, D], and positions [P, D] if they are learned."""
+    tree = {"tokens": Param((spec.vocab, spec.dim), ("vocab", "embed"), Normal(0.02))}
+    if spec.embed_position is not None:
+        rows = spec.embed_position.length + spec.embed_position.offset
+        tree["positions"] = Param((rows, spec.dim), ("positions", "embed"), Normal(0.02))
+    return tree
+
+
 def transformer_params(spec: Transformer) -> ParamTree:
     """Every parameter of the model, stacked per place in each stack's pattern.
 
@@ -50,15 +59,11 @@ def transformer_params(spec: Transformer) -> ParamTree:
     Residual projections start at 1 / sqrt(2 layers) of the usual scale (GPT-2, §2.3).
     """
     gain = (2 * spec.layers) ** -0.5
-    embed = {"tokens": Param((spec.vocab, spec.dim), ("vocab", "embed"), Normal(0.02))}
-    if spec.embed_position is not None:
-        rows = spec.embed_position.length + spec.embed_position.offset
-        embed["positions"] = Param((rows, spec.dim), ("positions", "embed"), Normal(0.02))
     stacks = {
         str(s): {str(b): stacked(block_params(block, spec.dim, gain), stack.repeats) for b, block in enumerate(stack.pattern)}
         for s, stack in enumerate(spec.stacks)
     }
-    tree: ParamTree = {"embed": embed, "stacks": stacks}
+    tree: ParamTree = {"embed": embed_params(spec), "stacks": stacks}
     if spec.norm is not None:
         tree["norm"] = norm_params(spec.norm, spec.dim)
     head = {} if spec.tied else {"kernel": Param((spec.vocab, spec.dim), ("vocab", "embed"), Normal(spec.dim**-0.5))}
@@ -165,13 +170,18 @@ def run_stack(
 def embed(params: Any, spec: Transformer, inputs: Inputs, runtime: Runtime) -> Float[Array, "B T D"]:
     """Token embeddings (or `inputs.embeds_BTD`, taken as they are) times `embed_scale`, plus learned positions."""
     dtype = jnp.dtype(runtime.compute_dtype)
+    declared = embed_params(spec)
+
+    def rows(name: str, ids: Array) -> Array:
+        return lookup(declared[name], params["embed"][name], ids, runtime.layout, dtype)
+
     if inputs.embeds_BTD is None:
-        x = lookup(params["embed"]["tokens"], inputs.tokens_BT, dtype)
+        x = rows("tokens", inputs.tokens_BT)
         x = x if spec.embed_scale is None else x * jnp.asarray(spec.embed_scale, dtype)
     else:
         x = inputs.embeds_BTD.astype(dtype)
     if spec.embed_position is not None:
-        x = x + lookup(params["embed"]["positions"], inputs.position_BT + spec.embed_position.offset, dtype)
+        x = x + rows("positions", inputs.position_BT + spec.embed_position.offset)
     return constrain(x, ("batch", None, None), runtime.layout)
 
 

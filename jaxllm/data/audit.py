@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,7 +39,7 @@ def _runs(segment_T: np.ndarray, weight_T: np.ndarray) -> list[tuple[int, int]]:
     """Half-open stretches [start, end) of the row in which segment and loss do not change."""
     change = (np.diff(segment_T) != 0) | (np.diff(weight_T > 0) != 0)
     edges = [0, *(np.flatnonzero(change) + 1).tolist(), len(segment_T)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def _style(segment: int, weight: float) -> str:

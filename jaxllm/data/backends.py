@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
 Spans = list[tuple[int, int]]
+_MODEL: Any = sentencepiece_model_pb2  # protobuf makes the classes at run time, unseen by type checkers
+_TEXT: Any = sentencepiece_pb2
 _MARKER = "\u2581"  # sentencepiece writes a space so; a text that holds the character itself needs care
 
 
@@ -56,7 +59,7 @@ class SentencePiece:
 
     @cached_property
     def _marker_ids(self) -> dict[str, tuple[int, ...]]:
-        rules = sentencepiece_model_pb2.ModelProto.FromString(self.content).normalizer_spec
+        rules = _MODEL.ModelProto.FromString(self.content).normalizer_spec
         lossless = rules.name == "identity" and not rules.add_dummy_prefix and not rules.remove_extra_whitespaces
         ids = tuple(self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _MARKER.encode())
         return {_MARKER: ids} if lossless and all(self._processor.is_byte(i) for i in ids) else {}
@@ -97,7 +100,7 @@ class SentencePiece:
 
     def _spans(self, text: str) -> tuple[list[int], Spans]:
         raw = self._processor.encode(text, out_type="serialized_proto")
-        pieces = sentencepiece_pb2.SentencePieceText.FromString(raw).pieces
+        pieces = _TEXT.SentencePieceText.FromString(raw).pieces
         char_at = _char_offsets(text)
         spans = [(char_at[piece.begin], char_at[piece.end]) for piece in pieces]
         for i in range(len(pieces) - 2, -1, -1):  # sentencepiece gives a character to the last of its bytes only

@@ -68,7 +68,7 @@ def _refuse(message: str) -> None:
 class _Generation(Extension):
     """`{% generation %}` marks what the assistant says; rendering shows it as it is."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})  # type: ignore[assignment]
 
     def parse(self, parser: Any) -> list[Any]:
         """The body of the tag, unwrapped."""

@@ -17,6 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from jaxllm.data.backends import HuggingFace, SentencePiece
 from jaxllm.data.tokenizer import Tokenizer
 
+_MODEL: Any = sentencepiece_model_pb2  # protobuf makes the classes at run time, unseen by type checkers
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of token_type that matter here
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -108,10 +109,10 @@ def _byte_level(metadata: Mapping[str, Any]) -> bytes:
 def _sentencepiece(metadata: Mapping[str, Any]) -> bytes:
     """A sentencepiece model: pieces with scores; token types have sentencepiece's own numbers."""
     tokens, scores = [str(token) for token in _get(metadata, "tokens")], _get(metadata, "scores")
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = _MODEL.ModelProto()
     for token, score, kind in zip(tokens, scores, _types(metadata, tokens), strict=True):
         proto.pieces.add(piece=token, score=float(score), type=kind)
-    proto.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    proto.trainer_spec.model_type = _MODEL.TrainerSpec.BPE
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.add_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))

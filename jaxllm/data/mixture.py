@@ -8,6 +8,7 @@ changing the number of hosts or devices give the same rows, bitwise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Mixture:
                 f"Mixture: needs sources of one context length, got {[s.context for s in self.sources]}; pack them alike"
             )
         starts = [stage.start for stage in self.stages]
-        if not starts or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+        if not starts or starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
             raise ValueError(f"Mixture: stages must start at 0 and then later and later, got {starts}")
         for stage in self.stages:
             _check_stage(stage, len(self.sources))

@@ -80,7 +80,7 @@ def _vocab_error(vocab: int, message: str) -> ValueError:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Runs of whole lines of about `_SENTENCE` characters; a longer line is cut at spaces, or hard where it has none."""
+    """Runs of whole lines of about `_SENTENCE` characters; a longer line is cut at spaces, or anywhere without one."""
     for text in texts:
         buffer = ""
         for line in _short_lines(text):

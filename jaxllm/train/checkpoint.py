@@ -4,25 +4,18 @@
         saver.save(state, metric=loss, meta={"tokens": n})    # returns once the state is copied off the devices
     state, meta = restore(directory, like)                     # the newest intact one, onto the shardings of `like`
 
-    <directory>/checkpoints.json     says that this directory is ours, so that leftovers in it may be deleted
-    <directory>/<step>/              one checkpoint, sealed by its manifest.json
-
 A state is stored as nested dicts keyed by its paths (`params/stacks/0/0/attn/q/kernel`), whatever tuples and records it
 was made of: any Orbax reader can open it, and `like` alone decides what comes back. Arrays are not compressed: weights
-shrink by 10 % at best, and the space a save needs is known beforehand.
+shrink by a tenth at best, and so the space that a save needs is known beforehand.
 
-With several processes each writes its shards; process 0 seals, deletes, and decides which checkpoint is restored. All
-of them must call `save`, `wait` and `restore` in the same order.
+With several processes each writes its shards to the one directory they share; process 0 seals, deletes, and decides
+which checkpoint is restored. All of them must call `save`, `wait`, `close` and `restore` in the same order.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import re
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -33,18 +26,21 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from jaxllm.params import path_name
 from jaxllm.records import Params, TrainState
-from jaxllm.train import manifest
+from jaxllm.train import folder, manifest
+from jaxllm.train.folder import steps
+from jaxllm.train.processes import decided_by_first
+
+__all__ = ["CHECKPOINTS", "Checkpointer", "load_params", "restore", "steps"]
 
 CHECKPOINTS = "checkpoints"
 """The directory of a run directory that holds its checkpoints."""
 
-_MARK = "checkpoints.json"
-_HEADROOM = 1.1
 _log = logging.getLogger(__name__)
+
+# ----------------------------------------------------------------------------------------------------------- saving
 
 
 class Checkpointer:
@@ -56,7 +52,9 @@ class Checkpointer:
 
     def __init__(self, directory: epath.PathLike, keep: int = 2, best: bool = True) -> None:
         if keep < 1:
-            raise ValueError(f"checkpoint.keep={keep} must be at least 1; to save only at the end set checkpoint.every=none")
+            raise ValueError(
+                f"checkpoint.keep={keep} must be at least 1; to save only at the end set checkpoint.every=none"
+            )
         self._directory = folder.absolute(directory)
         self._keep, self._best = keep, best
         decided_by_first(partial(folder.claim, self._directory))
@@ -86,11 +84,13 @@ class Checkpointer:
         self._pending = self._worker.submit(self._finish, step, size, seal)
 
     def wait(self) -> None:
-        """Until the save in flight is sealed. Raises OSError when it failed, once."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result() if jax.process_index() else pending.exception()
-            decided_by_first(pending.result)
+        """Until the save in flight is sealed and old ones are gone. Raises OSError when it failed, once."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        if jax.process_index() != 0:
+            pending.result()
+        decided_by_first(pending.result)
 
     def close(self) -> None:
         """`wait`, then give the threads back."""
@@ -103,11 +103,13 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             return self.close()
-        if self._pending is not None and (failure := self._pending.exception()) is not None:
-            _log.error("%s", failure)
+        if self._pending is not None and (failed := self._pending.exception()) is not None:
+            _log.error("%s", failed)  # beside the error under way, which is not hidden
         self._worker.shutdown()
 
     def _finish(self, step: int, size: int, seal: Callable[[epath.Path], None]) -> None:
@@ -124,23 +126,11 @@ class Checkpointer:
         """Remove what the failed save left, and say what happened."""
         if jax.process_index() == 0:
             folder.clean(self._directory)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return OSError(
-            f"the checkpoint of step {step} could not be written to {self._directory}: {reason}. It takes {folder.mib(size)}, "
-            f"{folder.free_text(self._directory)}. Earlier checkpoints, of steps {steps(self._directory)}, are untouched; make "
-            "room or choose another run_dir, and run the same command again"
-        )
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return OSError(folder.failure(self._directory, step, size, reason))
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def steps(directory: epath.PathLike) -> list[int]:
-    """Steps that have a sealed checkpoint, ascending. Their bytes are not checked."""
-    directory = folder.absolute(directory)
-    if not directory.exists():
-        return []
-    return sorted(int(d.name) for d in directory.iterdir() if d.name.isdecimal() and manifest.is_sealed(d))
+# -------------------------------------------------------------------------------------------------------- restoring
 
 
 def restore(directory: epath.PathLike, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -151,14 +141,14 @@ def restore(directory: epath.PathLike, like: TrainState) -> tuple[TrainState, di
     Raises ValueError when all are damaged, when the directory is not ours, or when paths, shapes or dtypes differ.
     """
     directory = folder.absolute(directory)
-    step = decided_by_first(partial(_newest_intact, directory))
+    step = decided_by_first(partial(folder.newest_intact, directory))
     if step is None:
         return None
     entry = manifest.read(directory / str(step))
     wanted = _flatten(like)
     _check_same(directory / str(step), entry.arrays, _shapes(wanted))
     arrays = _read(directory / str(step), {path: _target(leaf) for path, leaf in wanted.items()})
-    return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values())), entry.meta
+    return jax.tree.unflatten(jax.tree.structure(like), arrays.values()), entry.meta
 
 
 def load_params(run_dir: epath.PathLike, step: int | None = None) -> tuple[int, Params]:
@@ -168,38 +158,20 @@ def load_params(run_dir: epath.PathLike, step: int | None = None) -> tuple[int, 
     """
     directory = folder.absolute(run_dir) / CHECKPOINTS
     if not directory.exists():
-        raise ValueError(f"{run_dir} is not a run directory: it has no {CHECKPOINTS}/; give the run_dir of a training run")
+        raise ValueError(
+            f"{run_dir} is not a run directory: it has no {CHECKPOINTS}/; give the run_dir of a training run"
+        )
     if step is None:
-        step = _newest_intact(directory)
-    elif (problem := _problem(directory, step)) is not None:
-        raise ValueError(problem)
+        step = folder.newest_intact(directory)
+    elif step not in steps(directory):
+        raise ValueError(f"{directory} has no checkpoint of step {step}; it has those of {steps(directory)}")
+    elif (problem := manifest.damage(directory / str(step))) is not None:
+        raise ValueError(f"{problem}; take another step of {steps(directory)}")
     if step is None:
         raise ValueError(f"{directory} has no checkpoint yet; train until the first one is saved")
     arrays = manifest.read(directory / str(step)).arrays
     targets = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in arrays if path.startswith("params/")}
     return step, _nest(_read(directory / str(step), targets))["params"]
-
-
-def _newest_intact(directory: epath.Path) -> int | None:
-    folder.check_ours(directory)
-    sealed = steps(directory)
-    for step in reversed(sealed):
-        problem = manifest.damage(directory / str(step))
-        if problem is None:
-            return step
-        _log.warning("checkpoint of step %d passed over: %s", step, problem)
-    if sealed:
-        raise ValueError(
-            f"{directory}: all checkpoints are damaged (steps {sealed}); delete the directory to start from step 0, "
-            "or bring a copy back"
-        )
-    return None
-
-
-def _problem(directory: epath.Path, step: int) -> str | None:
-    if step not in steps(directory):
-        return f"{directory} has no checkpoint of step {step}; there are {steps(directory)}"
-    return manifest.damage(directory / str(step))
 
 
 def _read(directory: epath.Path, targets: dict[str, ocp.RestoreArgs]) -> dict[str, Any]:
@@ -221,8 +193,8 @@ def _check_same(directory: epath.Path, saved: dict[str, list[Any]], wanted: dict
     for path in sorted(saved.keys() | wanted.keys()):
         if saved.get(path) != wanted.get(path):
             raise ValueError(
-                f"{directory} does not fit this model and optimiser: {path} is {_describe(wanted.get(path))} here and "
-                f"{_describe(saved.get(path))} in the checkpoint; use the config it was trained with, or another run_dir"
+                f"{directory} does not fit this model and optimiser: expected {path} to be {_describe(wanted.get(path))}, "
+                f"found {_describe(saved.get(path))}; use the config it was trained with, or another run_dir"
             )
 
 
@@ -230,7 +202,7 @@ def _describe(array: list[Any] | None) -> str:
     return "absent" if array is None else f"{array[1]}{array[0]}"
 
 
-# ------------------------------------------------------------------------------------------------- ---------- trees
+# ------------------------------------------------------------------------------------------------------------ trees
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -242,7 +214,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     flat = {path_name(path): leaf for path, leaf in leaves}
     if len(flat) != len(leaves):
-        raise ValueError("checkpoint: two leaves of the state have the same path; no key may contain '/'")
+        raise ValueError(f"checkpoint: {len(leaves)} arrays have {len(flat)} different paths; no key may contain '/'")
     return flat
 
 

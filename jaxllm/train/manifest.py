@@ -65,7 +65,9 @@ def checksums(directory: epath.Path) -> dict[str, list[int]]:
         return dict(zip(names, pool.map(lambda name: checksum(directory / name), names), strict=True))
 
 
-def seal(directory: epath.Path, step: int, metric: float | None, meta: dict[str, Any], arrays: dict[str, list[Any]]) -> None:
+def seal(
+    directory: epath.Path, step: int, metric: float | None, meta: dict[str, Any], arrays: dict[str, list[Any]]
+) -> None:
     """Make `directory`, whose data are complete, a checkpoint."""
     body = asdict(Manifest(step, metric, meta, arrays, checksums(directory)))
     temporary = directory / (NAME + ".tmp")

@@ -1,4 +1,4 @@
-"""One process decides for all: what is restored, when to stop, whether there is room."""
+"""One process decides for all: what is restored, whether there is room, when to stop."""
 
 from __future__ import annotations
 
@@ -10,37 +10,41 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+_PAD = 1024
+
 
 def decided_by_first(decide: Callable[[], Any]) -> Any:
     """`decide()`, evaluated by process 0 alone; its JSON result, ValueError or OSError reaches every process.
 
-    A collective: all processes must call it at the same place.
+    A collective: all processes must call it at the same place. With one process it is a plain call.
     """
     if jax.process_count() == 1:
         return decide()
-    verdict: dict[str, Any] = {}
-    if jax.process_index() == 0:
-        try:
-            verdict = {"value": decide()}
-        except ValueError as error:
-            verdict = {"value_error": str(error)}
-        except OSError as error:
-            verdict = {"os_error": str(error)}
-    match _broadcast(verdict):
+    match _broadcast(_verdict(decide) if jax.process_index() == 0 else None):
         case {"value": value}:
             return value
-        case {"value_error": str(text)}:
+        case {"ValueError": str(text)}:
             raise ValueError(text)
-        case {"os_error": str(text)}:
+        case {"OSError": str(text)}:
             raise OSError(text)
         case other:
             raise AssertionError(f"process 0 broadcast {other!r}")
 
 
+def _verdict(decide: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"value": decide()}
+    except ValueError as error:
+        return {"ValueError": str(error)}
+    except OSError as error:
+        return {"OSError": str(error)}
+
+
 def _broadcast(value: Any) -> Any:
-    """Process 0's JSON, on all: its length first, then its bytes, padded to 1 KiB so that few programs are compiled."""
-    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    """Process 0's JSON, on all: its length, then its bytes, padded to whole KiB so that few programs are compiled."""
+    raw = json.dumps(value).encode()
     with jax.transfer_guard("allow"):
-        size = int(multihost_utils.broadcast_one_to_all(np.int32(raw.size)))
-        padded = np.resize(raw, -(-size // 1024) * 1024)
-        return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size].astype(np.uint8)))
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(raw))))
+        padded = np.zeros(-(-size // _PAD) * _PAD, np.uint8)
+        padded[: min(size, len(raw))] = np.frombuffer(raw, np.uint8)[:size]
+        return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size].astype(np.uint8).tobytes())

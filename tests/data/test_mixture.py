@@ -138,8 +138,10 @@ def test_a_batch_is_made_of_its_rows(mixture):
         assert set(batch.channel_BT[b][real]) == {mixture.channels.index(("prose", "verse")[s])}
 
 
-def test_another_process_draws_the_same_rows(tmp_path):
-    code = "import numpy as np; from jaxllm.data.mixture import permute; print(permute(np.arange(50), 50, (1, 2)).tolist())"
+def test_another_process_draws_the_same_rows():
+    code = (
+        "import numpy as np; from jaxllm.data.mixture import permute as p; print(p(np.arange(50), 50, (1, 2)).tolist())"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == str(permute(np.arange(50), 50, (1, 2)).tolist())
 
