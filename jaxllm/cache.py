@@ -71,9 +71,10 @@ def init(spec: Transformer, batch: int, size: int, dtype: DTypeLike, ring: bool 
         bound = window(attn.pattern) if ring and spec.causal else None
         wraps = bound is not None and bound < size
         rows = bound if wraps else size
-        kv = jnp.zeros((repeats, batch, attn.kv_heads, rows, attn.head_dim), dtype)
-        empty = jnp.zeros((batch, rows), jnp.int32)
-        return KV(kv, kv, empty, empty, wraps)
+        kv, names = (repeats, batch, attn.kv_heads, rows, attn.head_dim), (batch, rows)
+        # Four arrays of their own: a buffer that stands in two places cannot be donated.
+        empty = (jnp.zeros(kv, dtype), jnp.zeros(kv, dtype), jnp.zeros(names, jnp.int32), jnp.zeros(names, jnp.int32))
+        return KV(*empty, wraps)
 
     return tuple(tuple(one(block, stack.repeats) for block in stack.pattern) for stack in spec.stacks)
 
