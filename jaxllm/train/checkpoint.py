@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -39,6 +39,7 @@ CHECKPOINTS = "checkpoints"
 """The directory of a run directory that holds its checkpoints."""
 
 _log = logging.getLogger(__name__)
+_absl = logging.getLogger("absl")
 
 # ----------------------------------------------------------------------------------------------------------- saving
 
@@ -61,6 +62,7 @@ class Checkpointer:
         self._orbax = ocp.AsyncCheckpointer(_handler())
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        _absl.addFilter(_not_orbax)
 
     def save(self, state: TrainState, metric: float | None = None, meta: dict[str, Any] | None = None) -> None:
         """Start to save; returns after the copy to host memory, so that `state` may be donated at once.
@@ -97,10 +99,9 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._worker.shutdown()
-            self._orbax.close()
+            self._stop()
 
-    def __enter__(self) -> Checkpointer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -110,7 +111,12 @@ class Checkpointer:
             return self.close()
         if self._pending is not None and (failed := self._pending.exception()) is not None:
             _log.error("%s", failed)  # beside the error under way, which is not hidden
+        self._stop()
+
+    def _stop(self) -> None:
         self._worker.shutdown()
+        self._orbax.close()
+        _absl.removeFilter(_not_orbax)
 
     def _finish(self, step: int, size: int, seal: Callable[[epath.Path], None]) -> None:
         """On the worker thread: Orbax's end, the seal, the deletion of what is no longer kept."""
@@ -128,6 +134,11 @@ class Checkpointer:
             folder.clean(self._directory)
         reason = str(error).partition("\n")[0] or type(error).__name__
         return OSError(folder.failure(self._directory, step, size, reason))
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs a failed save three times, with tracebacks, before it raises it; once is enough."""
+    return "orbax" not in record.pathname
 
 
 # -------------------------------------------------------------------------------------------------------- restoring
