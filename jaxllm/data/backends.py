@@ -140,7 +140,7 @@ def _char_offsets(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """A `tokenizers` JSON file (`tokenizer.json`). Its template (BOS, EOS, CLS) is never applied: the caller adds them."""
+    """A `tokenizers` JSON file (`tokenizer.json`). Its template (BOS, EOS ...) is never applied: callers add them."""
 
     content: bytes
     filename = "tokenizer.json"

@@ -60,7 +60,7 @@ def corpus_files(path: str) -> list[epath.Path]:
     files = sorted((p for p in found if not p.name.startswith(".") and p.is_file()), key=str)
     if not files:
         raise FileNotFoundError(
-            f"corpus {path}: no such file, or no file ending in {', '.join(_ENDINGS)} there; give a file, a directory or a glob"
+            f"corpus {path}: nothing there, or no file ending in {', '.join(_ENDINGS)}; give a file, directory or glob"
         )
     return files
 

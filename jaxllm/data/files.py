@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 
-def write_atomic(path: epath.Path, content: bytes) -> None:
+def write_atomic(path: epath.Path, content: bytes | memoryview) -> None:
     """Write to a temporary name beside `path`, then rename. OSError (disk full ...) leaves nothing behind."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -25,7 +25,7 @@ def write_array(path: epath.Path, array: np.ndarray) -> None:
     """Write an array of any shape and dtype as `.npy`, atomically."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    write_atomic(path, buffer.getbuffer())  # type: ignore[arg-type]
+    write_atomic(path, buffer.getbuffer())
 
 
 def read_array(path: epath.Path) -> np.ndarray:

@@ -51,7 +51,7 @@ class Mixture:
     def __post_init__(self) -> None:
         if not self.sources or len({source.context for source in self.sources}) != 1:
             raise ValueError(
-                f"Mixture: needs sources of one context length, got {[s.context for s in self.sources]}; pack them alike"
+                f"Mixture: needs sources of one context, got {[s.context for s in self.sources]}; pack them alike"
             )
         starts = [stage.start for stage in self.stages]
         if not starts or starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
@@ -158,7 +158,7 @@ class _Pattern:
     """
 
     period_M: Int[np.ndarray, " M"]
-    before_MS: Int[np.ndarray, "M+1 sources"]
+    before_MS: Int[np.ndarray, "prefixes sources"]
 
     def counts(self, samples: int) -> Int[np.ndarray, " sources"]:
         """Draws of each source among the first `samples`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, assert_never
@@ -48,7 +49,7 @@ Fit = NextFit | BestFit
 
 @dataclass(frozen=True)
 class Packing:
-    """How documents become rows of `context` tokens. `long`: cut an over-long document up, or keep its first row only."""
+    """How documents become rows of `context` tokens. `long`: cut a document longer than a row up, or drop the rest."""
 
     context: int
     fit: Fit = BestFit()
@@ -70,7 +71,7 @@ class Plan:
     """
 
     packing: Packing
-    starts: Int[np.ndarray, " rows+1"]
+    starts: Int[np.ndarray, " starts"]
     pieces_P3: Int[np.ndarray, "P 3"]
     counts: dict[str, int]
 
@@ -93,7 +94,7 @@ class Plan:
         )
 
 
-def plan_rows(lengths: Int[np.ndarray, " documents"], packing: Packing) -> Plan:
+def plan_rows(lengths: Sequence[int] | Int[np.ndarray, " documents"], packing: Packing) -> Plan:
     """Plan rows for documents of `lengths` tokens. Pure. ValueError when nothing can be predicted."""
     pieces_P3, counts = _pieces(np.asarray(lengths, np.int64), packing)
     if not len(pieces_P3):

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from jaxllm.data.corpus import Document
 from jaxllm.data.files import read_array, write_array, write_atomic
@@ -48,7 +48,7 @@ class Shards:
         return tuple(self.manifest["channels"])
 
     @cached_property
-    def offsets(self) -> Int[np.ndarray, " documents+1"]:
+    def offsets(self) -> Int[np.ndarray, " offsets"]:
         """int64 [documents + 1]: document d is tokens offsets[d]:offsets[d + 1] of the stream."""
         return read_array(self.path / "offsets.npy")
 
@@ -62,7 +62,7 @@ class Shards:
         return [read_array(self.path / _tokens_name(i)) for i in range(len(self.manifest["shards"]))]
 
     @cached_property
-    def _starts(self) -> Int[np.ndarray, " shards+1"]:
+    def _starts(self) -> Int[np.ndarray, " starts"]:
         return np.concatenate([[0], np.cumsum([shard["tokens"] for shard in self.manifest["shards"]])])
 
     @property
@@ -79,7 +79,7 @@ class Shards:
         """Sum over channels of "documents", "tokens", "characters" or "bytes" (UTF-8, of the text alone)."""
         return sum(self.manifest["counts"][channel][count] for channel in self.channels)
 
-    def read(self, document: int, start: int, length: int) -> Int[np.ndarray, " length"]:
+    def read(self, document: int, start: int, length: int) -> Integer[np.ndarray, " length"]:
         """Tokens start:start + length of a document, in the stored dtype."""
         at = int(self.offsets[document]) + start
         shard = int(np.searchsorted(self._starts, at, side="right")) - 1
@@ -194,7 +194,7 @@ def _sections(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Int[np.ndarray, " tokens"]]:
+def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Integer[np.ndarray, "_"]]:
     """Each text as [bos] + ids + [eos], uint16 when the vocabulary allows, else uint32."""
     dtype = np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32
     sections = [_sections(text) for text in texts]

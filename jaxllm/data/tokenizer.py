@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, SupportsInt
 
 from etils import epath
 
@@ -70,10 +70,10 @@ class Tokenizer:
         """Ids, and for each the half-open span of characters of `text` that it stands for."""
         return self.backend.encode_spans(text, special)
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[SupportsInt], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD. ValueError for an id outside the vocabulary."""
         plain = [int(i) for i in ids]
-        if plain and not (0 <= min(plain) and max(plain) < self.vocab):
+        if plain and (min(plain) < 0 or max(plain) >= self.vocab):
             raise ValueError(
                 f"decode: ids must be in 0..{self.vocab - 1}, got {min(plain)}..{max(plain)}; "
                 "does this tokenizer belong to the model?"

@@ -53,7 +53,7 @@ def test_bad_files(tmp_path, name, content, message):
 
 def test_nothing_there(tmp_path):
     for path in (tmp_path, tmp_path / "gone.txt", tmp_path / "gone" / "*.txt"):
-        with pytest.raises(FileNotFoundError, match="give a file, a directory or a glob"):
+        with pytest.raises(FileNotFoundError, match="give a file, directory or glob"):
             list(Corpus(str(path)))
 
 

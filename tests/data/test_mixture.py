@@ -63,7 +63,7 @@ def test_shares_are_exact_within_one_at_every_prefix(weights):
 def test_small_fractions_are_exact():
     assert _shares([0.7, 0.3]) == [7, 3]
     assert _shares([1 / 3, 2 / 3]) == [1, 2]
-    assert _shares([50, 30, 20, 0]) == [5, 3, 2, 0]
+    assert _shares([50.0, 30.0, 20.0, 0.0]) == [5, 3, 2, 0]
     assert sum(_shares([2**0.5, 3**0.5])) == 1 << 14
 
 
@@ -150,13 +150,13 @@ def test_another_process_draws_the_same_rows():
     ("stages", "message"),
     [
         ((), "must start at 0"),
-        ((Stage(1, 4, (1, 1)),), r"must start at 0 and then later and later, got \[1\]"),
-        ((Stage(0, 4, (1, 1)), Stage(0, 8, (1, 1))), r"got \[0, 0\]"),
-        ((Stage(0, 0, (1, 1)),), "batch=0 must be at least 1"),
-        ((Stage(0, 4, (1,)),), "1 weights for 2 sources"),
-        ((Stage(0, 4, (0, 0)),), "not all 0"),
-        ((Stage(0, 4, (1, -1)),), ">= 0"),
-        ((Stage(0, 4, (1, float("nan"))),), "finite"),
+        ((Stage(1, 4, (1.0, 1.0)),), r"must start at 0 and then later and later, got \[1\]"),
+        ((Stage(0, 4, (1.0, 1.0)), Stage(0, 8, (1.0, 1.0))), r"got \[0, 0\]"),
+        ((Stage(0, 0, (1.0, 1.0)),), "batch=0 must be at least 1"),
+        ((Stage(0, 4, (1.0,)),), "1 weights for 2 sources"),
+        ((Stage(0, 4, (0.0, 0.0)),), "not all 0"),
+        ((Stage(0, 4, (1.0, -1.0)),), ">= 0"),
+        ((Stage(0, 4, (1.0, float("nan"))),), "finite"),
     ],
 )
 def test_bad_stages(sources, stages, message):
@@ -165,11 +165,11 @@ def test_bad_stages(sources, stages, message):
 
 
 def test_bad_mixtures(sources, mixture, tmp_path, bpe):
-    with pytest.raises(ValueError, match=r"one context length, got \[\]"):
+    with pytest.raises(ValueError, match=r"one context, got \[\]"):
         Mixture((), (Stage(0, 4, ()),))
     other = prepare("other", [Document("a b c", "x")], bpe, tmp_path / "o", Packing(12))
     with pytest.raises(ValueError, match=r"got \[24, 12\]"):
-        Mixture((sources[0], other), (Stage(0, 4, (1, 1)),))
+        Mixture((sources[0], other), (Stage(0, 4, (1.0, 1.0)),))
     with pytest.raises(ValueError, match="below 1/16384"):
         _shares([1.0, 1e-7])
     with pytest.raises(ValueError, match="step=-1"):
