@@ -92,7 +92,9 @@ def _bind(groups: Groups, shape: Shape, known: Mapping[str, int]) -> dict[str, i
         unknown = [letter for letter in group if letter not in sizes]
         rest = math.prod(sizes[letter] for letter in group if letter in sizes)
         if len(unknown) > 1 or n % rest or (not unknown and n != rest):
-            raise ValueError(f"layout group {group} does not fit an axis of {n} with {sizes}; give `sizes` in the table")
+            raise ValueError(
+                f"layout group {group} does not fit an axis of {n} with {sizes}; give `sizes` in the table"
+            )
         sizes |= {letter: n // rest for letter in unknown}
     return sizes
 
@@ -129,7 +131,9 @@ def to_hf(rule: Tensor, parts: Sequence[np.ndarray]) -> np.ndarray:
     turned = []
     for part in parts:
         bound = _bind(ours, part.shape, dict(rule.sizes))
-        turned.append(part.reshape([bound[letter] for letter in back]).transpose([back.index(letter) for letter in flat]))
+        turned.append(
+            part.reshape([bound[letter] for letter in back]).transpose([back.index(letter) for letter in flat])
+        )
     whole = np.concatenate(turned, axis=flat.index(JOIN)) if JOIN in flat else turned[0]
     return whole.reshape(tensor_shape(rule, [part.shape for part in parts]))
 

@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from jaxllm.config import GLU, GQA, Block, Local, RMSNorm, Rope, Transformer, decoder
+from jaxllm.config import GLU, GQA, Block, Full, Local, RMSNorm, Rope, Transformer, decoder
+from jaxllm.convert.rules import Rule
+from jaxllm.models.common import (
+    Config,
+    Fields,
+    Row,
+    activation_from,
+    activation_to,
+    layer_patterns,
+    layers_of,
+    read_fields,
+    rope_from,
+    stacks_of,
+    window_fields,
+)
+from jaxllm.models.llama_like import SHAPE, config_of, names_with
+from jaxllm.nn.attention import scale_of
 
 
 def gemma2_2b() -> Transformer:
@@ -24,3 +41,81 @@ def gemma2_2b() -> Transformer:
         logit_softcap=30.0,
         name="gemma2_2b",
     )
+
+
+# ------------------------------------------------------------------------------------------------- published format
+
+MODEL_TYPE = "gemma2"
+ARCHITECTURES = ("Gemma2ForCausalLM",)
+PREFIX = "model."
+
+GEMMA2 = {
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256.0,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+FIELDS = Fields(
+    read=SHAPE | GEMMA2,
+    nullable=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
+    only={"use_bidirectional_attention": (None, False), "partial_rotary_factor": (1.0,)},
+)
+
+NORMS: tuple[Row, ...] = (
+    ("input_layernorm.weight", "attn_norm/scale", None),
+    ("post_attention_layernorm.weight", "attn_post_norm/scale", None),
+    ("pre_feedforward_layernorm.weight", "ffn_norm/scale", None),
+    ("post_feedforward_layernorm.weight", "ffn_post_norm/scale", None),
+)
+
+
+def from_hf(config: Config) -> Transformer:
+    """Even layers are windowed, unless `layer_types` says which are."""
+    c = read_fields(config, FIELDS)
+    # the reference reads hidden_activation, never hidden_act
+    norm, dim, window = RMSNorm(float(c["rms_norm_eps"]), unit_offset=True), c["hidden_size"], c["sliding_window"]
+    scale, softcap, bias = c["query_pre_attn_scalar"] ** -0.5, c["attn_logit_softcapping"], c["attention_bias"]
+    shape = (c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"], rope_from(c["rope_parameters"]))
+    ffn = GLU(c["intermediate_size"], activation_from(c["hidden_activation"], "hidden_activation"))
+    default = [Full() if i % 2 else Local(window) for i in range(c["num_hidden_layers"])]
+    layers = [
+        Block(GQA(*shape, pattern, bias, bias, softcap=softcap, scale=scale), ffn, norm, place="sandwich")
+        for pattern in layer_patterns(c["layer_types"], window, default)
+    ]
+    return Transformer(
+        vocab=c["vocab_size"],
+        dim=dim,
+        stacks=stacks_of(layers),
+        norm=norm,
+        context=c["max_position_embeddings"],
+        embed_scale=dim**0.5,
+        tied=c["tie_word_embeddings"],
+        logit_softcap=c["final_logit_softcapping"],
+        name="gemma2",
+    )
+
+
+def to_hf(spec: Transformer) -> dict[str, Any]:
+    """The inverse of `from_hf`."""
+    attn, act = layers_of(spec)[0].attn, activation_to(layers_of(spec)[0].ffn.act)
+    config = config_of(spec, MODEL_TYPE, ARCHITECTURES[0]) | {"hidden_act": act, "hidden_activation": act}
+    caps = {"attn_logit_softcapping": attn.softcap, "final_logit_softcapping": spec.logit_softcap}
+    rest = {"attention_bias": attn.qkv_bias, "query_pre_attn_scalar": round(scale_of(attn) ** -2, 6)}
+    return config | caps | rest | window_fields([block.attn.pattern for block in layers_of(spec)])
+
+
+def names(spec: Transformer) -> list[Rule]:
+    """LLaMA's table with four norms."""
+    return names_with(spec, NORMS)

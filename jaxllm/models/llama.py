@@ -1,8 +1,13 @@
-"""LLaMA and its kin: pre-norm, RMSNorm, rotary, grouped queries, SwiGLU. Also SmolLM2 and Qwen2 (q/k/v biases)."""
+"""LLaMA and its kin: pre-norm, RMSNorm, rotary, grouped queries, SwiGLU. Also SmolLM2, Yi; Qwen2's and Mistral's base."""
 
 from __future__ import annotations
 
-from jaxllm.config import GLU, GQA, Block, Llama3, RMSNorm, Rope, Scaling, Transformer, decoder
+from typing import Any
+
+from jaxllm.config import GLU, GQA, Block, Full, Llama3, Pattern, RMSNorm, Rope, Scaling, Transformer, decoder
+from jaxllm.convert.rules import Rule
+from jaxllm.models.common import Config, Fields, layers_of, read_fields
+from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
 
 
 def llama(
@@ -71,3 +76,35 @@ def qwen2_05b() -> Transformer:
     return llama(
         "qwen2_05b", (24, 896, 14, 2, 64), 151_936, 4864, theta=1e6, eps=1e-6, context=32_768, tied=True, qkv_bias=True
     )
+
+
+# ------------------------------------------------------------------------------------------------- published format
+
+MODEL_TYPE = "llama"
+ARCHITECTURES = ("LlamaForCausalLM",)
+PREFIX = "model."
+
+FIELDS = Fields(
+    read=SHAPE | {"attention_bias": False, "mlp_bias": False},
+    only={"partial_rotary_factor": (1.0,), "rope_interleaved": (False,)},
+    ignored=frozenset({"pretraining_tp", "max_sequence_length"}),
+)
+
+
+def from_hf(config: Config) -> Transformer:
+    """`attention_bias` puts biases on q, k, v and o alike."""
+    c = read_fields(config, FIELDS)
+    patterns: list[Pattern] = [Full()] * c["num_hidden_layers"]
+    return spec_from(c, patterns, c["attention_bias"], c["attention_bias"], c["mlp_bias"])
+
+
+def to_hf(spec: Transformer) -> dict[str, Any]:
+    """The inverse of `from_hf`."""
+    config = config_of(spec, MODEL_TYPE, ARCHITECTURES[0])
+    first = layers_of(spec)[0]
+    return config | {"attention_bias": first.attn.qkv_bias, "mlp_bias": first.ffn.bias}
+
+
+def names(spec: Transformer) -> list[Rule]:
+    """The common table with two norms."""
+    return names_with(spec, NORMS)

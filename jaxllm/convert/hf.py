@@ -1,0 +1,133 @@
+"""Hugging Face folders: config.json, safetensors, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+from jax.typing import DTypeLike
+
+from jaxllm.config import Transformer
+from jaxllm.convert import rules
+from jaxllm.convert.safetensors_io import open_folder, write_folder
+from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.leaves import is_weight
+from jaxllm.models.common import classic
+from jaxllm.models.families import Family, family_of_config, family_of_spec, spec_of_config
+from jaxllm.transformer import transformer_params
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def read_config(path: epath.PathLike) -> dict[str, Any]:
+    """The config.json of a folder. Raises FileNotFoundError, or ValueError when it is no JSON object."""
+    file = epath.Path(path) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist; a model folder has config.json, safetensors and a tokenizer")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); copy the file again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: must hold a JSON object, found {type(config).__name__}; copy the file again")
+    return config
+
+
+def load_folder(
+    path: epath.PathLike, dtype: DTypeLike = "float32", shardings: Any = None
+) -> tuple[Transformer, Any, Tokenizer | None]:
+    """(spec, params, tokenizer) of a folder; the tokenizer is None when the folder has none.
+
+    shardings: a tree like `transformer_params(spec)`: tensors are read one by one straight into their local shards.
+    Config, names and shapes are checked before anything is allocated. Raises ValueError or FileNotFoundError naming
+    the field, the tensor or the file.
+    """
+    config = read_config(path)
+    spec, family = spec_of_config(config), family_of_config(config)
+    params = load_params(path, spec, family, dtype, shardings)
+    return spec, params, load_tokenizer(path)
+
+
+def load_params(
+    path: epath.PathLike, spec: Transformer, family: Family, dtype: DTypeLike, shardings: Any = None
+) -> Any:
+    """The weights of a folder as parameters of `spec`."""
+    folder, table, tree = open_folder(path), family.names(spec), transformer_params(spec)
+    bare = not any(name.startswith(family.PREFIX) for name in folder.shapes)  # saved from the model without its head
+    theirs = {(family.PREFIX + name if bare and name != "lm_head.weight" else name): name for name in folder.shapes}
+    found = {name: folder.shapes[own] for name, own in theirs.items()}
+    rules.check(table, tree, found, str(path))
+    return rules.load(table, tree, found, lambda name: folder.read(theirs[name]), dtype, shardings)
+
+
+def load_tokenizer(path: epath.PathLike) -> Tokenizer | None:
+    """The folder's tokenizer, None when it has no tokenizer file."""
+    has_one = any((epath.Path(path) / name).exists() for name in TOKENIZER_FILES)
+    return tokenizers.load(path) if has_one else None
+
+
+def eos_ids(path: epath.PathLike, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every id that ends a text, by generation_config.json or else config.json."""
+    file = epath.Path(path) / "generation_config.json"
+    named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    ids = config.get("eos_token_id") if named is None else named
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
+def save_folder(
+    path: epath.PathLike,
+    spec: Transformer,
+    params: Any,
+    tokenizer: Tokenizer | None = None,
+    *,
+    style: Literal["classic", "modern"] = "classic",
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write what the reference's `from_pretrained` reads, in the parameters' own dtype; quantised weights dense, in float32.
+
+    style: "classic" writes config.json as transformers 4 does (5 reads it too), "modern" as 5 does.  shard_bytes: the
+    largest safetensors file. The folder appears when it is whole.
+    Raises ValueError when no family's config.json expresses the spec exactly, and FileExistsError for a used folder.
+    """
+    folder = epath.Path(path)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; give a new folder")
+    family, config = family_of_spec(spec)
+    dtype = _dtype_of(params)
+    table = family.names(spec)
+    shapes = rules.wanted(table, transformer_params(spec))
+    config |= {"dtype": dtype.name} | _special_ids(tokenizer)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        write_folder(temporary, shapes, rules.export(table, params, dtype), dtype, shard_bytes)
+        (temporary / "config.json").write_text(json.dumps(classic(config) if style == "classic" else config, indent=2))
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except BaseException:
+        if temporary.exists():
+            temporary.rmtree()
+        raise
+
+
+def _dtype_of(params: Any) -> np.dtype:
+    found = jax.tree.leaves(
+        jax.tree.map(lambda w: "float32" if is_weight(w) else w.dtype.name, params, is_leaf=is_weight)
+    )
+    if len(set(found)) > 1:
+        raise ValueError(f"save_folder: all weights must have one dtype, found {sorted(set(found))}; cast them first")
+    return np.dtype(found[0])
+
+
+def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    if tokenizer is None:
+        return {}
+    return {f"{role}_token_id": getattr(tokenizer, role) for role in ("bos", "eos", "pad")}

@@ -1,0 +1,300 @@
+"""What family files share: reading config fields strictly, rotary settings, stacks from layers, expanding name tables.
+
+A family is a module with
+
+    MODEL_TYPE, ARCHITECTURES   what config.json calls it
+    PREFIX                      leading part of tensor names that base-model checkpoints lack
+    from_hf(config) -> spec     every field which changes the math, or a ValueError that names the field
+    to_hf(spec) -> config       the inverse, in today's style (`rope_parameters`); ValueError for a foreign spec
+    names(spec) -> table        of `jaxllm.convert.rules`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, assert_never
+
+from jaxllm.config import Activation, Block, Full, Linear, Llama3, Local, Pattern, Rope, Scaling, Stack, Transformer
+from jaxllm.convert.rules import Alias, Rule, Tensor, applicable
+from jaxllm.transformer import transformer_params
+
+Config = Mapping[str, Any]
+
+# ---------------------------------------------------------------------------------------------------------- fields
+
+_BOOKKEEPING_TEXT = (
+    "_name_or_path _attn_implementation _attn_implementation_autoset architectures model_type transformers_version "
+    "dtype torch_dtype torchscript use_bfloat16 use_cache cache_implementation auto_map name id2label label2id "
+    "num_labels problem_type finetuning_task task_specific_params return_dict return_dict_in_generate output_attentions "
+    "output_hidden_states output_scores output_past tokenizer_class prefix sep_token_id bos_token_id eos_token_id "
+    "pad_token_id unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id max_length min_length "
+    "do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
+    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids suppress_tokens "
+    "begin_suppress_tokens num_return_sequences remove_invalid_values exponential_decay_length_penalty "
+    "chunk_size_feed_forward initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop "
+    "embedding_dropout gradient_checkpointing unsloth_version unsloth_fixed transformers.js_config"
+)
+_BOOKKEEPING = frozenset(_BOOKKEEPING_TEXT.split())
+"""Fields that cannot change a logit of a trained decoder: names, ids, generation defaults, dropout, initialisation."""
+
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False,),
+    "is_decoder": (False, True),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({}, None),
+    "tie_encoder_decoder": (False,),
+}
+"""Fields of any config with the only values that a plain, full-precision decoder has."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """How a family reads its config.json.
+
+    read: field -> its value when absent, as the reference's config class has it; the value's type is the field's.
+    nullable: those of `read` that may be null.  only: field -> the values under which this math holds.
+    ignored: further fields that cannot change a logit.
+    """
+
+    read: Mapping[str, Any]
+    nullable: frozenset[str] = frozenset()
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+
+
+def read_fields(config: Config, fields: Fields) -> dict[str, Any]:
+    """The values of `fields.read`, and the model type. Any field that is not known, or has an unsupported value, is refused by name."""
+    family = config.get("model_type")
+    only = _PLAIN | dict(fields.only)
+    for name, value in config.items():
+        if name in only and value not in only[name]:
+            allowed = " or ".join(map(repr, only[name]))
+            raise ValueError(
+                f"config.json of {family}: {name} must be {allowed}, found {value!r}; nothing else is supported"
+            )
+        if name not in only and name not in fields.read and name not in fields.ignored and name not in _BOOKKEEPING:
+            raise ValueError(
+                f"config.json of {family}: field {name!r} (value {value!r}) is not known, so it might change the math; "
+                "remove it if it does not, or add it to the family's Fields"
+            )
+    read = {name: _typed(config, name, default, name in fields.nullable) for name, default in fields.read.items()}
+    return read | {"model_type": family}
+
+
+def _typed(config: Config, name: str, default: Any, nullable: bool) -> Any:
+    value = config.get(name, default)
+    if default is None or (value is None and nullable):
+        return value
+    number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+    if not number and type(value) is not type(default):
+        raise ValueError(f"config.json: {name} must be {type(default).__name__}, found {value!r}; correct the file")
+    if type(value) is int and type(default) is int and value < 1:
+        raise ValueError(f"config.json: {name} must be at least 1, found {value}; correct the file")
+    return value
+
+
+def modern(config: Config) -> dict[str, Any]:
+    """The config with rotary settings in today's `rope_parameters`, whichever style it was written in.
+
+    Raises ValueError when both styles are there and differ.
+    """
+    out = dict(config)
+    classic = {name: out.pop(name) for name in ("rope_theta", "rope_scaling") if name in out}
+    given = out.get("rope_parameters")
+    merged = dict(classic.get("rope_scaling") or given or {})
+    if given and any(merged.get(key, value) != value for key, value in given.items()):
+        raise ValueError(f"config.json: rope_parameters={given} and rope_scaling={merged} differ; keep one of them")
+    theta = classic.get("rope_theta")
+    if theta is not None and merged.setdefault("rope_theta", theta) != theta:
+        raise ValueError(f"config.json: rope_theta={theta} and rope_parameters={given} differ; keep one of them")
+    if merged or classic:
+        out["rope_parameters"] = merged or None
+    return out
+
+
+def classic(config: Config) -> dict[str, Any]:
+    """The config in the style of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`), which 5 reads as well."""
+    out = dict(config)
+    if "dtype" in out:
+        out["torch_dtype"] = out.pop("dtype")
+    if out.get("rope_parameters"):
+        rope = dict(out.pop("rope_parameters"))
+        out["rope_theta"] = rope.pop("rope_theta")
+        out["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ rope, acts
+
+_ROPE_KEYS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low",
+        "high_freq_factor": "high",
+        "original_max_position_embeddings": "original",
+    },
+}
+
+
+def rope_from(parameters: Config | None, theta: float = 10_000.0) -> Rope:
+    """A Rope from `rope_parameters`; `theta` when they do not name one. Refuses unknown types and keys by name."""
+    given = dict(parameters or {})
+    base = float(given.pop("rope_theta", theta))
+    legacy = given.pop("type", None)
+    kind = given.pop("rope_type", legacy) or "default"
+    if kind not in _ROPE_KEYS:
+        raise ValueError(
+            f"config.json: rope_type must be one of {sorted(_ROPE_KEYS)}, found {kind!r}; it is not supported"
+        )
+    keys = _ROPE_KEYS[kind]
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor must be 1.0 for this family")
+    if set(given) != set(keys):
+        raise ValueError(f"config.json: rope_type {kind!r} needs the keys {sorted(keys)}, found {sorted(given)}")
+    values = {keys[key]: value for key, value in given.items()}
+    match kind:
+        case "linear":
+            return Rope(base, scaling=Linear(float(values["factor"])))
+        case "llama3":
+            low, high = float(values["low"]), float(values["high"])
+            return Rope(base, scaling=Llama3(float(values["factor"]), low, high, values["original"]))
+        case _:
+            return Rope(base)
+
+
+def rope_to(rope: Rope) -> dict[str, Any]:
+    """`rope_parameters` of a Rope; the inverse of `rope_from`."""
+    return {"rope_theta": rope.theta} | _scaling_to(rope.scaling)
+
+
+def _scaling_to(scaling: Scaling | None) -> dict[str, Any]:
+    match scaling:
+        case None:
+            return {"rope_type": "default"}
+        case Linear(factor):
+            return {"rope_type": "linear", "factor": factor}
+        case Llama3():
+            keys = _ROPE_KEYS["llama3"]
+            return {"rope_type": "llama3"} | {theirs: getattr(scaling, ours) for theirs, ours in keys.items()}
+        case other:
+            assert_never(other)
+
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+}
+
+
+def activation_from(name: str, where: str) -> Activation:
+    """Our name of an activation; `where` is the field that it was read from."""
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"config.json: {where} must be one of {sorted(_ACTIVATIONS)}, found {name!r}")
+    return _ACTIVATIONS[name]
+
+
+def activation_to(act: Activation) -> str:
+    """The published name of an activation."""
+    return "gelu_pytorch_tanh" if act == "gelu_tanh" else act
+
+
+# ------------------------------------------------------------------------------------------------- layers, tables
+
+
+def stacks_of(blocks: Sequence[Block]) -> tuple[Stack, ...]:
+    """Stacks that run these layers in order: the shortest repeating pattern and what it leaves over, or runs of equals."""
+    layers = tuple(blocks)
+    for period in range(1, len(layers) // 2 + 1):
+        if layers[period:] == layers[:-period]:
+            whole = len(layers) // period
+            rest = layers[whole * period :]
+            return (Stack(layers[:period], whole), *((Stack(rest, 1),) if rest else ()))
+    cuts = [i for i in range(1, len(layers)) if layers[i] != layers[i - 1]]
+    starts, ends = [0, *cuts], [*cuts, len(layers)]
+    return tuple(Stack((layers[a],), b - a) for a, b in zip(starts, ends, strict=True))
+
+
+def layers_of(spec: Transformer) -> list[Block]:
+    """Every layer in order."""
+    return [block for stack in spec.stacks for _ in range(stack.repeats) for block in stack.pattern]
+
+
+def places(spec: Transformer) -> Iterator[tuple[str, range]]:
+    """(path of a place, numbers of its layers) for every place in every stack's pattern."""
+    first = 0
+    for s, stack in enumerate(spec.stacks):
+        for b in range(len(stack.pattern)):
+            yield f"stacks/{s}/{b}/", range(first + b, first + stack.layers, len(stack.pattern))
+        first += stack.layers
+
+
+Row = tuple[str, str | tuple[str, ...], str | None]  # their name, our path or paths, layout
+
+
+def table(
+    spec: Transformer, top: Sequence[Row], prefix: str, block: Sequence[Row], head: str | None = None
+) -> list[Rule]:
+    """A name table: `top` rows once, `block` rows (named under `prefix`, with {} for the layer) at every place.
+
+    Rows whose parameters this spec does not have are left out.  head: the name of a second copy of a tied embedding.
+    """
+    rules: list[Rule] = [Tensor(name, _tuple(path), layout) for name, path, layout in top]
+    for at, numbers in places(spec):
+        for name, path, layout in block:
+            rules.append(Tensor(prefix + name, tuple(at + p for p in _tuple(path)), layout, (numbers,)))
+    if spec.tied and head is not None:
+        rules.append(Alias(head, "embed/tokens"))
+    return applicable(rules, transformer_params(spec))
+
+
+def _tuple(path: str | tuple[str, ...]) -> tuple[str, ...]:
+    return path if isinstance(path, tuple) else (path,)
+
+
+def expect(condition: bool, family: str, spec: Transformer) -> None:
+    """ValueError unless `condition`: the spec has a shape that the family's config can express."""
+    if not condition:
+        raise ValueError(
+            f"{family}: config.json of this family cannot express spec {spec.name!r}; choose another family"
+        )
+
+
+# -------------------------------------------------------------------------------------------------- layer patterns
+
+
+def layer_patterns(types: Sequence[str] | None, window: int | None, default: Sequence[Pattern]) -> list[Pattern]:
+    """One pattern per layer from `layer_types`, or `default` when it is None. Refuses unknown types by name."""
+    if types is None:
+        return list(default)
+    if len(types) != len(default):
+        raise ValueError(f"config.json: layer_types has {len(types)} entries for {len(default)} layers; give one each")
+    known = {"full_attention": Full()} | ({"sliding_attention": Local(window)} if window is not None else {})
+    unknown = sorted(set(types) - set(known))
+    if unknown:
+        raise ValueError(
+            f"config.json: layer_types {unknown} need one of {sorted(known)} with sliding_window={window}; "
+            "set sliding_window, or correct the types"
+        )
+    return [known[name] for name in types]
+
+
+def window_fields(patterns: Sequence[Pattern]) -> dict[str, Any]:
+    """`sliding_window` and `layer_types` of layers that are full or have one window; the inverse of `layer_patterns`."""
+    windows = {pattern.window for pattern in patterns if isinstance(pattern, Local)}
+    types = ["sliding_attention" if isinstance(pattern, Local) else "full_attention" for pattern in patterns]
+    return {"sliding_window": min(windows, default=None), "layer_types": types}

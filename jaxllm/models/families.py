@@ -1,0 +1,76 @@
+"""Every family that can be read and written, by the `model_type` of its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from jaxllm.config import Transformer
+from jaxllm.convert.rules import Rule
+from jaxllm.models import gemma2, gpt2, llama, mistral, qwen2
+from jaxllm.models.common import layers_of, modern, stacks_of
+
+
+class Family(Protocol):
+    """What a family's module offers; see `jaxllm.models.common`."""
+
+    MODEL_TYPE: str
+    ARCHITECTURES: tuple[str, ...]
+    PREFIX: str
+
+    @staticmethod
+    def from_hf(config: Mapping[str, Any]) -> Transformer: ...
+
+    @staticmethod
+    def to_hf(spec: Transformer) -> dict[str, Any]: ...
+
+    @staticmethod
+    def names(spec: Transformer) -> list[Rule]: ...
+
+
+FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in (llama, mistral, qwen2, gpt2, gemma2)}
+
+
+def family_of_config(config: Mapping[str, Any]) -> Family:
+    """The family that reads this config.json. Raises ValueError for an unknown model type or another head."""
+    kind, architectures = config.get("model_type"), tuple(config.get("architectures") or ())
+    by_class = [f for f in FAMILIES.values() if kind is None and set(architectures) & set(f.ARCHITECTURES)]
+    family = by_class[0] if by_class else FAMILIES.get(str(kind))
+    if family is None:
+        raise ValueError(
+            f"config.json: model_type {kind!r} ({architectures}) is not known; known are {sorted(FAMILIES)}"
+        )
+    if architectures and not set(architectures) & set(family.ARCHITECTURES):
+        raise ValueError(
+            f"config.json: architectures of {kind!r} must be one of {list(family.ARCHITECTURES)}, found "
+            f"{list(architectures)}; this head is not supported"
+        )
+    return family
+
+
+def spec_of_config(config: Mapping[str, Any]) -> Transformer:
+    """The spec of a config.json in either style."""
+    return family_of_config(config).from_hf(modern(config))
+
+
+def family_of_spec(spec: Transformer) -> tuple[Family, dict[str, Any]]:
+    """The first family whose config.json expresses `spec` exactly, and that config.
+
+    Exactly: reading the config gives the spec back. Raises ValueError when none does.
+    """
+    for family in FAMILIES.values():
+        try:
+            config = family.to_hf(spec)
+            back = family.from_hf(config)
+        except ValueError:
+            continue
+        if _canonical(back) == _canonical(spec):
+            return family, config
+    raise ValueError(
+        f"no known family's config.json expresses spec {spec.name!r} exactly; known are {sorted(FAMILIES)}"
+    )
+
+
+def _canonical(spec: Transformer) -> Transformer:
+    return replace(spec, stacks=stacks_of(layers_of(spec)))

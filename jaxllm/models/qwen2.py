@@ -1,0 +1,52 @@
+"""Qwen2 and Qwen2.5 (Yang et al. 2024): LLaMA with biases on q, k and v, and a window on the upper layers if asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxllm.config import Full, Local, Pattern, Transformer
+from jaxllm.convert.rules import Rule
+from jaxllm.models.common import Config, Fields, layer_patterns, layers_of, read_fields, window_fields
+from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
+
+MODEL_TYPE = "qwen2"
+ARCHITECTURES = ("Qwen2ForCausalLM",)
+PREFIX = "model."
+
+FIELDS = Fields(
+    read=SHAPE
+    | {
+        "vocab_size": 151_936,
+        "intermediate_size": 22_016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32_768,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": None,
+        "layer_types": None,
+    },
+    nullable=frozenset({"sliding_window", "num_key_value_heads"}),
+    only={"partial_rotary_factor": (1.0,), "use_mrope": (False, None)},
+)
+
+
+def from_hf(config: Config) -> Transformer:
+    """Layers from `max_window_layers` (28) up are windowed, unless `layer_types` says which are."""
+    c = read_fields(config, FIELDS)
+    window = c["sliding_window"] if c["use_sliding_window"] else None
+    full_below = 28 if c["max_window_layers"] is None else c["max_window_layers"]
+    upper: Pattern = Full() if window is None else Local(window)
+    default = [Full() if i < full_below else upper for i in range(c["num_hidden_layers"])]
+    return spec_from(c, layer_patterns(c["layer_types"], window, default), True, False, False)
+
+
+def to_hf(spec: Transformer) -> dict[str, Any]:
+    """The inverse of `from_hf`."""
+    windows = window_fields([block.attn.pattern for block in layers_of(spec)])
+    used = {"use_sliding_window": windows["sliding_window"] is not None}
+    return config_of(spec, MODEL_TYPE, ARCHITECTURES[0]) | windows | used
+
+
+def names(spec: Transformer) -> list[Rule]:
+    """LLaMA's table."""
+    return names_with(spec, NORMS)
