@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -131,7 +132,10 @@ class Checkpointer:
     def _failed(self, step: int, size: int, error: Exception) -> OSError:
         """Remove what the failed save left, and say what happened."""
         if jax.process_index() == 0:
-            folder.clean(self._directory)
+            with suppress(
+                OSError
+            ):  # its other writes may still be ending; the next save and the next start clean again
+                folder.clean(self._directory)
         reason = str(error).partition("\n")[0] or type(error).__name__
         return OSError(folder.failure(self._directory, step, size, reason))
 

@@ -111,13 +111,14 @@ def best_step(directory: epath.Path, candidates: list[int]) -> int | None:
 
 
 def make_room(directory: epath.Path, step: int, size: int) -> bool:
-    """False when the step has an intact checkpoint already; else its place is cleared.
+    """False when the step has an intact checkpoint already; else its place, and what failed saves left, is cleared.
 
     Raises OSError when a local disk has less than 1.1 x `size` bytes free.
     """
+    clean(directory)
     place = directory / str(step)
     if place.exists():
-        if manifest.is_sealed(place) and manifest.damage(place) is None:
+        if manifest.damage(place) is None:
             return False
         manifest.unseal(place)
     free, needed = _free(directory), math.ceil(_HEADROOM * size)
