@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -430,3 +433,47 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     save_all(Path("c"), 1)
     assert steps("c") == [1]
     assert os.path.isdir(tmp_path / "c" / "1")
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+def run_two(directory: Path) -> list[tuple[dict, str]]:
+    """(what it saw, its log) of two processes of 4 devices each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    child = Path(__file__).with_name("checkpoint_child.py")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(child.parents[2])}
+    running = [
+        subprocess.Popen(
+            [sys.executable, child, str(i), port, directory],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]
+    ended = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0], ended
+    return [(json.loads(out.splitlines()[-1]), log) for out, log in ended]
+
+
+def test_two_processes_save_one_checkpoint_and_one_decides(tmp_path: Path) -> None:
+    (first, log), (second, other_log) = run_two(tmp_path)
+    assert first == second
+    assert first["none"] and first["newest"] and first["steps"] == [10, 20]
+    assert first["previous"] == {"rows": [1, 2]}
+    assert "step 20 is passed over" in log and "passed over" not in other_log
+    assert "OSError: the checkpoint of step 30 could not" in first["no_room"]
+    assert "No space left on device" in first["no_seal"]
+    assert "ValueError" in first["foreign"] and "not a checkpoint directory" in first["foreign"]
+
+    w = jax.ShapeDtypeStruct((16, 8), jnp.float32)  # here: one process, one device
+    b = jax.ShapeDtypeStruct((3,), jnp.float32)
+    target = TrainState(jax.ShapeDtypeStruct((), jnp.int32), {"w": w, "b": b}, (), {})
+    state, meta = restore(tmp_path / "c", target) or pytest.fail("nothing restored")
+    want = np.float32(10) + 100 * np.arange(16, dtype=np.float32)[:, None] + np.arange(8, dtype=np.float32)
+    assert int(state.step) == 10 and meta == {"rows": [1, 2]}
+    np.testing.assert_array_equal(np.asarray(state.params["w"]), want)
