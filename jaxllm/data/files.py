@@ -11,12 +11,13 @@ from etils import epath
 
 
 def write_atomic(path: epath.Path, content: bytes | memoryview) -> None:
-    """Write to a temporary name beside `path`, then rename. OSError (disk full ...) leaves nothing behind."""
+    """Write to a temporary name beside `path`, then rename. A failure (disk full ...: OSError) leaves nothing."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
