@@ -30,12 +30,9 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist; a model folder has config.json, safetensors and a tokenizer")
     try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error}); copy the file again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: must hold a JSON object, found {type(config).__name__}; copy the file again")
-    return config
+        return dict(json.loads(file.read_text()).items())
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: must hold a JSON object ({error}); copy the file again") from error
 
 
 def load_folder(

@@ -247,16 +247,23 @@ Row = tuple[str, str | tuple[str, ...], str | None]  # their name, our path or p
 
 
 def table(
-    spec: Transformer, top: Sequence[Row], prefix: str, block: Sequence[Row], head: str | None = None
+    spec: Transformer,
+    top: Sequence[Row],
+    prefix: str,
+    block: Sequence[Row],
+    head: str | None = None,
+    sizes: tuple[tuple[str, int], ...] = (),
 ) -> list[Rule]:
     """A name table: `top` rows once, `block` rows (named under `prefix`, with {} for the layer) at every place.
 
     Rows whose parameters this spec does not have are left out.  head: the name of a second copy of a tied embedding.
+    sizes: letters of the layouts that shapes do not bind.
     """
-    rules: list[Rule] = [Tensor(name, _tuple(path), layout) for name, path, layout in top]
+    rules: list[Rule] = [Tensor(name, _tuple(path), layout, (), sizes) for name, path, layout in top]
     for at, numbers in places(spec):
         for name, path, layout in block:
-            rules.append(Tensor(prefix + name, tuple(at + p for p in _tuple(path)), layout, (numbers,)))
+            paths = tuple(at + p for p in _tuple(path))
+            rules.append(Tensor(prefix + name, paths, layout, (numbers,), sizes))
     if spec.tied and head is not None:
         rules.append(Alias(head, "embed/tokens"))
     return applicable(rules, transformer_params(spec))
