@@ -1,0 +1,184 @@
+"""A plan: the figures of one compiled step per chip, what they add up to, and what to change when it does not fit.
+
+    step seconds = cycles / clock + kernel seconds        collectives are taken as hidden behind the arithmetic
+    MFU          = model FLOPs / (step seconds x peak)    model FLOPs: `jaxllm.plan.info`, without recomputation
+
+Cycles are the compiler's estimates. Pallas kernels have none: their seconds are null, and step seconds then takes them at the
+matrix unit's peak, so that it is a lower bound, and MFU an upper one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jaxllm.experiment import Experiment
+from jaxllm.params import leaves
+from jaxllm.plan.compile import Compiled
+from jaxllm.plan.hlo import parse
+from jaxllm.plan.info import info
+from jaxllm.plan.memory import Memory, Shapes, memory
+from jaxllm.plan.program import Program, program
+from jaxllm.plan.topology import Slice
+from jaxllm.sharding import Layout, partition, storage
+from jaxllm.transformer import transformer_params
+
+PALLAS_NOTE = "kernels carry no cycle estimate in the compiled program; the step takes them at the matrix unit's peak"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step of an experiment on a slice, per chip.
+
+    program: None when it does not fit.  limit: bytes of HBM to fit in.
+    model_flops, attention_flops: per chip and step, without recomputation.
+    """
+
+    exp: Experiment
+    target: Slice
+    memory: Memory
+    limit: int
+    program: Program | None
+    model_flops: float
+    attention_flops: float
+    compiled: Compiled
+
+    @property
+    def fits(self) -> bool:
+        """Whether the compiler could place everything in HBM."""
+        return self.program is not None
+
+    @property
+    def xla_seconds(self) -> float | None:
+        """Estimated cycles / clock."""
+        return None if self.program is None else self.program.cycles / self.target.chip.clock
+
+    @property
+    def kernel_flops(self) -> float:
+        """FLOPs of the Pallas kernels: as their authors state them, else the model's attention FLOPs."""
+        kernels = self.program.kernels if self.program else ()
+        stated = [k.flops * k.count for k in kernels if k.flops is not None]
+        return sum(stated) if len(stated) == len(kernels) else self.attention_flops
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Lower bound of a step's seconds; exact by the compiler's model when there are no kernels."""
+        return None if self.xla_seconds is None else self.xla_seconds + self.kernel_flops / self.target.chip.peak
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation; an upper bound when there are kernels."""
+        return None if self.step_seconds is None else self.model_flops / (self.step_seconds * self.target.chip.peak)
+
+    @property
+    def wire_seconds(self) -> float | None:
+        """Collectives' bytes over the chip's published link speed: what must be hidden behind the arithmetic."""
+        return None if self.program is None else sum(c.wire for c in self.program.collectives) / self.target.chip.wire
+
+    @property
+    def tokens_per_chip(self) -> float:
+        """Tokens per chip and step."""
+        return self.exp.batch_size * self.exp.data.context / self.target.devices
+
+
+def estimate(exp: Experiment, target: Slice, compiled: Compiled) -> Plan:
+    """The plan of a prepared experiment from what the compiler left."""
+    layout = exp.runtime.layout or Layout()
+    sizes = layout.sizes(target.devices)
+    cost = info(exp.model, exp.data.context)
+    tokens = exp.batch_size * exp.data.context / target.devices
+    shapes = shapes_of(exp, layout, target.devices)
+    return Plan(
+        exp,
+        target,
+        memory(parse(compiled.optimised), compiled.assignment, compiled.ranges, shapes, compiled.code),
+        target.chip.hbm if compiled.limit is None else compiled.limit,
+        None if compiled.scheduled is None else program(parse(compiled.scheduled), sizes),
+        tokens * cost.train_flops,
+        tokens * 3 * cost.forward_flops["attention"],
+        compiled,
+    )
+
+
+def shapes_of(exp: Experiment, layout: Layout, devices: int) -> Shapes:
+    """Shapes that tell weights and gradients from activations: of each parameter, whole and as laid out, one layer or all."""
+    sizes = layout.sizes(devices)
+    found: set[tuple[int, ...]] = set()
+    for p in leaves(transformer_params(exp.model)):
+        for spec in ((), partition(p.axes, p.shape, layout, sizes), storage(p, layout, sizes)):
+            ways = [math.prod(sizes[a] for a in _names(axes)) for axes in (*spec, *[None] * len(p.shape))]
+            local = [n // w for n, w in zip(p.shape, ways, strict=False)]
+            for piece in (local, local[1:]) if p.axes[0] == "layers" else (local,):
+                found.add(tuple(sorted(n for n in piece if n > 1)))
+    found |= {tuple(sorted((rows, exp.model.dim))) for rows in _head_chunks(exp.model.vocab, exp.runtime.vocab_chunk)}
+    return Shapes(frozenset(found), frozenset(s.repeats for s in exp.model.stacks if s.repeats > 1))
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def _head_chunks(vocab: int, chunk: int) -> set[int]:
+    """Rows that a chunk of the head may have: vocab / n for the n around vocab / chunk that divide it."""
+    least = -(-vocab // chunk)
+    return {vocab // n for n in range(least, 2 * least + 1) if vocab % n == 0}
+
+
+# ---------------------------------------------------------------------------------------------------------- advice
+
+
+def advice(plan: Plan) -> list[str]:
+    """What would help a plan that does not fit, most promising first, from its memory by part."""
+    layout = plan.exp.runtime.layout or Layout()
+    part = plan.memory.by_part
+    state = part["parameters"] + part["optimiser"] + part["gradients"]
+    moving = part["saved"] + part["working"]
+    rows = plan.exp.batch_size // plan.exp.accumulate // max(plan.target.devices // layout.tensor, 1)
+    options: list[tuple[int, str]] = []
+    if plan.exp.runtime.remat != "full":
+        options.append((part["saved"] + part["working"] // 2, "runtime.remat=full: save only each layer's input"))
+    if rows > 1:
+        more = plan.exp.accumulate * 2
+        options.append((moving // 2, f"accumulate={more}: half as many rows at a time"))
+    if layout.zero < 3:
+        options.append(
+            (state + part["weights"], "runtime.layout.zero=3: shard masters, moments and gradients, gather per layer")
+        )
+    if plan.exp.runtime.vocab_chunk > 4096 and part["working"] > part["saved"]:
+        options.append(
+            (part["working"] // 4, f"runtime.vocab_chunk={plan.exp.runtime.vocab_chunk // 4}: fewer logits at a time")
+        )
+    tensor = layout.tensor * 2
+    options.append((moving // 2, f"runtime.layout.tensor={tensor}: half the heads and ffn columns per chip"))
+    options.append((state // 2, f"a slice of {plan.target.devices * 2} chips: half the state per chip"))
+    ranked = sorted(options, key=lambda option: -option[0])
+    return [f"{text} (about {size / 2**30:.1f} GiB less)" for size, text in ranked if size > 2**20]
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON data. GiB are 2**30 bytes, GB 10**9; FLOPs, bytes and seconds are per chip and step."""
+    made = plan.program
+    return {
+        "topology": plan.target.name,
+        "fits": plan.fits,
+        "hbm_gib": plan.memory.total / 2**30,
+        "hbm_limit_gib": plan.limit / 2**30,
+        "hbm_by_part": {part: size / 2**30 for part, size in plan.memory.by_part.items()},
+        "model_tflop": plan.model_flops / 1e12,
+        "hardware_tflop": made and made.matrix_flops / 1e12 + plan.kernel_flops / 1e12,
+        "xla_seconds": plan.xla_seconds,
+        "pallas_seconds": 0.0 if made and not made.kernels else None,
+        "pallas_note": PALLAS_NOTE if made and made.kernels else None,
+        "pallas_calls": made and {kernel.name: kernel.count for kernel in made.kernels},
+        "step_seconds": plan.step_seconds,
+        "mfu": plan.mfu,
+        "mfu_formula": "model_tflop / (step_seconds x peak); step_seconds = xla_seconds + kernel FLOPs / peak",
+        "collectives": made and {kind: {"count": n, "wire_gb": gb} for kind, (n, gb) in made.wire().items()},
+        "wire_gb": made and sum(c.wire for c in made.collectives) / 1e9,
+        "tokens": plan.tokens_per_chip,
+        "unknown_loops": made and list(made.unknown_loops),
+        "compile_seconds": plan.compiled.seconds,
+        "compile_cpu_seconds": plan.compiled.cpu_seconds,
+        "versions": plan.compiled.versions,
+    }
