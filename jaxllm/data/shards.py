@@ -194,7 +194,7 @@ def _sections(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Integer[np.ndarray, "..."]]:
+def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Integer[np.ndarray, " _"]]:
     """Each text as [bos] + ids + [eos], uint16 when the vocabulary allows, else uint32."""
     dtype = np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32
     sections = [_sections(text) for text in texts]
