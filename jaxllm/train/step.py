@@ -83,6 +83,7 @@ def make_step(
     accumulate: int = 1,
     seed: int = 0,
     layer_norms: bool = False,
+    learning_rate: optax.Schedule = lambda step: jnp.nan,
 ) -> Step:
     """A jitted step whose state is donated. Call it under `jax.set_mesh` when the runtime has a layout.
 
@@ -90,7 +91,7 @@ def make_step(
     A step whose loss or gradient is not finite changes nothing but `step` and the counters in `extra`.
     layer_norms: report every parameter's gradient norm as "grad_norm/<path>".
 
-    metrics: loss [], grad_norm [], skipped [], and the sums in the loss's aux.
+    metrics: loss, grad_norm, learning_rate, skipped, bad_streak, each [], and the sums in the loss's aux.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -109,7 +110,7 @@ def make_step(
             "bad_streak": jnp.where(good, 0, state.extra["bad_streak"] + 1),
         }
         new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), extra)
-        metrics = {"loss": mean, "grad_norm": norm, "skipped": extra["skipped"], "bad_streak": extra["bad_streak"]} | aux
+        metrics = {"loss": mean, "grad_norm": norm, "learning_rate": learning_rate(state.step), **extra, **aux}
         if layer_norms:
             metrics |= {f"grad_norm/{path}": jnp.linalg.norm(g.ravel()) for path, g in paths(grads)}
         return new, metrics

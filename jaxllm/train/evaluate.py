@@ -1,0 +1,58 @@
+"""Validation: the loss of held-out text per channel, and bits per byte, which no tokenizer can flatter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from jaxllm.config import Transformer
+from jaxllm.data.source import Finite
+from jaxllm.objectives.lm import lm_loss
+from jaxllm.records import Batch
+from jaxllm.runtime import Runtime
+from jaxllm.train.dataset import validation_batch
+from jaxllm.train.metrics import by_channel
+
+Evaluate = Callable[[Any, Batch], tuple[Array, Array]]
+
+
+def make_evaluate(spec: Transformer, runtime: Runtime, channels: int) -> Evaluate:
+    """Jitted (params, batch) -> (channel_nll, channel_weight), sums [channels]."""
+
+    @jax.jit
+    def run(params: Any, batch: Batch) -> tuple[Array, Array]:
+        _, aux = lm_loss(params, spec, batch, runtime, channels=channels)
+        return aux["channel_nll"], aux["channel_weight"]
+
+    return run
+
+
+def evaluate(run: Evaluate, params: Any, finite: Finite, sharding: NamedSharding) -> dict[str, float]:
+    """val/loss (nats per token), val/bits_per_byte, val/perplexity, and the first two by channel.
+
+    Bits per byte = total nats / ln 2 / UTF-8 bytes of the text, over the whole held-out part.
+    """
+    nll = np.zeros(len(finite.source.channels))
+    weight = np.zeros_like(nll)
+    for i in range(len(finite)):
+        part = jax.device_get(run(params, validation_batch(finite, i, sharding)))
+        nll, weight = nll + part[0], weight + part[1]
+    counts = finite.source.shards.manifest["counts"]
+    channels = finite.source.channels
+    size = np.array([counts[name]["bytes"] if name in counts else 0 for name in channels], float)
+    mean, bits = partial(by_channel, channels, nll), nll / math.log(2)
+    loss = float(nll.sum() / weight.sum())
+    return {
+        "val/loss": loss,
+        "val/perplexity": math.exp(min(loss, 700.0)),
+        "val/bits_per_byte": float(bits.sum() / size.sum()),
+        **mean(weight, "val/loss"),
+        **by_channel(channels, bits, size, "val/bits_per_byte"),
+    }
