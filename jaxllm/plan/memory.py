@@ -110,7 +110,7 @@ def allocations(text: str) -> list[Allocation]:
 
 def live_ranges(text: str) -> dict[tuple[str, int | None], tuple[int, int]]:
     """(name, index) -> first and last moment, from the compiler's "live-range" text."""
-    rows = re.findall(r"^    ([^\s{]+)\{(\d*)[\d,]*\}:(\d+)-(\d+)$", text, re.M)
+    rows = re.findall(r"^    ([^\s{]+)\{(\d*)[\d,]*\}:(\d+)-(\d+)$", text, re.MULTILINE)
     return {(name, int(index) if index else None): (int(start), int(end)) for name, index, start, end in rows}
 
 

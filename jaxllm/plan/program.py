@@ -199,7 +199,7 @@ class _Window:
         for k in range(self.size):
             offset = k * self.rhs_dilate - self.pad
             if self.lhs_dilate == 1:
-                low = max(0, -(-(-offset) // self.stride))
+                low = max(0, (self.stride - 1 - offset) // self.stride)
                 high = min(self.out - 1, (last - offset) // self.stride)
                 count += max(0, high - low + 1)
             else:
