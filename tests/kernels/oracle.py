@@ -42,7 +42,7 @@ def dense(pattern, mask, B, T, S):
 def attend(q, k, v, do, pattern, mask, scale, softcap):
     """(o, dq, dk, dv) of sum(o * do), all float64."""
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    (B, T, N), (S, K) = q.shape[:3], k.shape[1:3]
     ok = dense(pattern, mask, B, T, S)
     o, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for b, t in np.ndindex(B, T):

@@ -80,7 +80,7 @@ def run(case: Case, backend: str, dtype, mask: Mask):
 
     @jax.jit
     def both(q, k, v, do):
-        f = lambda q, k, v: attention(  # noqa: E731
+        f = lambda q, k, v: attention(
             q, k, v, case.pattern, mask, scale=case.H**-0.5, softcap=case.softcap, backend=backend, interpret=True
         )
         o, pull = jax.vjp(f, q, k, v)
@@ -102,7 +102,7 @@ def compare(case: Case, backend: str, dtype, bar: float, mask: Mask):
         assert (np.asarray(g)[dead] == 0).all(), f"{name}: rows that meet nothing must be exactly 0"
 
 
-BACKENDS = ["reference", "chunked"]
+BACKENDS = ["reference", "chunked", "tpu"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -134,7 +134,7 @@ def test_slots_as_arrays(T):
 
 def test_scores_are_never_held_above_1024():
     shape = jax.ShapeDtypeStruct((1, 4096, 1, 64), jnp.float32)
-    f = lambda q: attention(q, q, q, CAUSAL, Mask(), scale=1.0).sum()  # noqa: E731
+    f = lambda q: attention(q, q, q, CAUSAL, Mask(), scale=1.0).sum()
     text = jax.jit(jax.value_and_grad(f)).lower(shape).as_text()
     assert "4096x4096" not in text and "512x512" in text
 

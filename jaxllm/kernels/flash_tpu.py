@@ -1,0 +1,464 @@
+"""Flash attention for TPUs (Dao 2023; Pallas, Mosaic): forward, and a backward of five matmuls in one kernel.
+
+Unusual, and measured on the compiler's bundles:
+
+- Scores are held transposed, keys down the sublanes and queries along the lanes. Row statistics are then [1, queries]
+  vectors, whose broadcast is free and whose reduction is plain vector maxima instead of cross-lane shuffles.
+- Blocks of 1024 x 1024 are computed in tiles of 128 keys x 256 queries, written out in full, the matmul of a later tile
+  before the softmax of this one: what is live fits the registers, and both units are busy.
+- The backward pass walks queries outside and keys inside. The gradient of one query block and those of *all* keys stay
+  in VMEM, so nothing is summed through HBM; longer rows go in spans of keys, one call each.
+- The scale times log2(e) is folded into q once per block; a softmax is exp2; the sum is divided out at the end.
+
+Heads come first here, [B * N, T, H]; `schedule.py` says which blocks are visited and how.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from jaxllm import config
+from jaxllm.kernels.pattern import allowed
+from jaxllm.kernels.reference import MASKED, Names, precision
+from jaxllm.kernels.schedule import Arrays, Schedule, Shape, Variant, choose, schedule
+from jaxllm.kernels.tpu_sizes import Sizes, sizes
+from jaxllm.records import Mask
+
+LOG2_E = math.log2(math.e)
+ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a b^T
+COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # a^T b
+
+
+class Call(NamedTuple):
+    """What is static in a call; hashable. N, K: heads.  T, S: real lengths.  span: keys per backward call."""
+
+    pattern: config.Pattern
+    scale: float
+    softcap: float | None
+    N: int
+    K: int
+    T: int
+    S: int
+    arrays: Arrays
+    sizes: Sizes
+    interpret: bool
+
+    @property
+    def fold(self) -> float:
+        """The factor folded into q: what tanh wants with a soft-cap, what exp2 wants without."""
+        return self.scale * LOG2_E if self.softcap is None else self.scale / self.softcap
+
+
+class Operands(NamedTuple):
+    """q: [B * N, T, H].  k, v: [B * K, S, H].  Segments: int32 [B, 1, T], [B, 1, S], or None. Lengths are padded."""
+
+    q: Float[Array, "BN T H"]
+    k: Float[Array, "BK S H"]
+    v: Float[Array, "BK S H"]
+    q_segment: Int[Array, "B 1 T"] | None
+    k_segment: Int[Array, "B 1 S"] | None
+
+
+def flash_tpu(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    pattern: config.Pattern,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    cut: Sizes | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Attention on one TPU device, differentiable in q, k, v. Slots must be implied: `mask` has no slot arrays.
+
+    cut: block and tile sizes, None for those of the chip in the context. Raises ValueError for slot arrays.
+    """
+    if mask.q_slot_BT is not None or mask.k_slot_BS is not None:
+        raise ValueError('flash_tpu: slots must be 0..T-1 and 0..S-1, got arrays; use backend="chunked"')
+    (_, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    cut = sizes(T, S, H, q_BTNH.dtype) if cut is None else cut
+    arrays = Arrays(mask.q_segment_BT is not None, mask.k_segment_BS is not None, mask.prefix_B is not None)
+    call = Call(pattern, scale, softcap, N, K, T, S, arrays, cut, interpret)
+    q, k, v = _heads(q_BTNH, cut.block_q), _heads(k_BSKH, cut.block_k), _heads(v_BSKH, cut.block_k)
+    segments = _row(mask.q_segment_BT, cut.block_q), _row(mask.k_segment_BS, cut.block_k)
+    o = _attend(call, Operands(q, k, v, *segments), mask.prefix_B)
+    return o[:, :T].reshape(-1, N, T, H).transpose(0, 2, 1, 3)
+
+
+def _heads(x_BTNH: Float[Array, "B T N H"], block: int) -> Float[Array, "BN t H"]:
+    """Heads first, length padded with zeros to whole blocks."""
+    B, T, N, H = x_BTNH.shape
+    x = jnp.pad(x_BTNH.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, -T % block), (0, 0)))
+    return x.reshape(B * N, -1, H)
+
+
+def _row(segment_BT: Int[Array, "B T"] | None, block: int) -> Int[Array, "B 1 t"] | None:
+    if segment_BT is None:
+        return None
+    return jnp.pad(segment_BT.astype(jnp.int32), ((0, 0), (0, -segment_BT.shape[1] % block)))[:, None]
+
+
+# ------------------------------------------------------------------------------------------------ what a call visits
+
+
+class Guide(NamedTuple):
+    """Scalars that steer a kernel. query [n]; fetch, code [n] or [B * n]; prefix [B] or [1]. int32, flat."""
+
+    query: Any
+    fetch: Any
+    code: Any
+    prefix: Any
+
+
+def _guide(call: Call, plan: Schedule, shape: Shape, x: Operands, prefix: Array | None) -> Guide:
+    at = None
+    if any(call.arrays):
+        rows = [None if s is None else s[:, 0] for s in (x.q_segment, x.k_segment)]
+        at = Names(None, None, *rows, prefix)  # type: ignore[arg-type]  # slots are implied
+    code, fetch = choose(plan, shape, at)
+    prefix = jnp.zeros(1, jnp.int32) if prefix is None else prefix.astype(jnp.int32)
+    return Guide(jnp.asarray(plan.visits.q), fetch.ravel(), code.ravel(), prefix)
+
+
+class Layout(NamedTuple):
+    """Block specs of what a kernel reads and writes."""
+
+    q: pl.BlockSpec
+    k: pl.BlockSpec
+    statistic: pl.BlockSpec
+    q_segment: pl.BlockSpec
+    k_segment: pl.BlockSpec
+
+
+def _flat(call: Call, visits: int, head: Any, visit: Any) -> Any:
+    """Where the fetch and the code of a visit stand."""
+    return head // call.N * visits + visit if any(call.arrays) else visit
+
+
+def _layout(call: Call, H: int, visits: int, place: Callable[..., tuple[Any, Any]]) -> Layout:
+    """place: grid indices -> (query head in B * N, visit). Index maps get the grid's indices, then the guide."""
+    bq, bk, G = call.sizes.block_q, call.sizes.block_k, call.N // call.K
+
+    def query(grid: tuple[Any, ...]) -> tuple[Any, Any]:
+        head, visit = place(*grid[:-4])
+        return head, Guide(*grid[-4:]).query[visit]
+
+    def key(grid: tuple[Any, ...]) -> tuple[Any, Any]:
+        head, visit = place(*grid[:-4])
+        return head, Guide(*grid[-4:]).fetch[_flat(call, visits, head, visit)]
+
+    def q_like(*grid: Any) -> tuple[Any, ...]:
+        head, i = query(grid)
+        return head, i, 0
+
+    def k_like(*grid: Any) -> tuple[Any, ...]:
+        head, j = key(grid)
+        return head // G, j, 0
+
+    def statistic(*grid: Any) -> tuple[Any, ...]:
+        head, i = query(grid)
+        return head, 0, i
+
+    def q_segment(*grid: Any) -> tuple[Any, ...]:
+        head, i = query(grid)
+        return head // call.N, 0, i
+
+    def k_segment(*grid: Any) -> tuple[Any, ...]:
+        head, j = key(grid)
+        return head // call.N, 0, j
+
+    return Layout(
+        pl.BlockSpec((None, bq, H), q_like),
+        pl.BlockSpec((None, bk, H), k_like),
+        pl.BlockSpec((None, 1, bq), statistic),
+        pl.BlockSpec((None, 1, bq), q_segment),
+        pl.BlockSpec((None, 1, bk), k_segment),
+    )
+
+
+def _inputs(call: Call, layout: Layout, x: Operands) -> tuple[list[pl.BlockSpec], list[Array]]:
+    """Specs and arrays of the operands that are there."""
+    specs = Operands(layout.q, layout.k, layout.k, layout.q_segment, layout.k_segment)
+    there = [(spec, array) for spec, array in zip(specs, x, strict=True) if array is not None]
+    return [spec for spec, _ in there], [array for _, array in there]
+
+
+def _unpack(call: Call, refs: tuple[Any, ...]) -> tuple[Guide, Operands, list[Any]]:
+    """A kernel's references: the guide, the operands, the rest."""
+    guide, rest = Guide(*refs[:4]), list(refs[4:])
+    q, k, v = rest.pop(0), rest.pop(0), rest.pop(0)
+    q_segment = rest.pop(0) if call.arrays.q_segment else None
+    k_segment = rest.pop(0) if call.arrays.k_segment else None
+    return guide, Operands(q, k, v, q_segment, k_segment), rest
+
+
+# ------------------------------------------------------------------------------------------------------ inside a block
+
+
+class Step(NamedTuple):
+    """One grid step: its code, the indices of its blocks, the prefix of its row, and key segments as a column."""
+
+    code: Any
+    query: Any
+    key: Any
+    prefix: Any
+    column: Any
+
+
+def _step(call: Call, guide: Guide, visits: int, head: Any, visit: Any, column: Any) -> Step:
+    flat = _flat(call, visits, head, visit)
+    prefix = guide.prefix[head // call.N] if call.arrays.prefix else None
+    return Step(guide.code[flat], guide.query[visit], guide.fetch[flat], prefix, column)
+
+
+def _compute(
+    plan: Schedule, step: Step, ahead: int, segment: Any, score: Callable[..., Any], absorb: Callable[..., None]
+) -> None:
+    """Runs the variant that the step's code names: `score` of later tiles before `absorb` of this one."""
+
+    def body(variant: Variant) -> None:
+        if variant.arrays and segment is not None:
+            step.column[...] = jnp.broadcast_to(segment[...], step.column.shape[::-1]).T
+        pending = [score(*tile) for tile in variant.tiles[:ahead]]
+        for n, (a, b, _) in enumerate(variant.tiles):
+            pending += [score(*tile) for tile in variant.tiles[n + ahead : n + ahead + 1]]
+            absorb(a, b, *pending.pop(0))
+
+    for number, variant in enumerate(plan.variants, 1):
+        pl.when(step.code >> 2 == number)(partial(body, variant))
+
+
+def _hide(call: Call, step: Step, x: Operands, tile: Any, a: int, b: int, s: Array) -> Array:
+    """Scores [keys, queries] of tile (a, b) with MASKED where the pair may not meet."""
+    q = lax.broadcasted_iota(jnp.int32, s.shape, 1) + (step.query * call.sizes.block_q + a * tile.q)
+    k = lax.broadcasted_iota(jnp.int32, s.shape, 0) + (step.key * call.sizes.block_k + b * tile.k)
+    ok = allowed(call.pattern, q, k)
+    if call.arrays.prefix:
+        ok = ok | (k < step.prefix)
+    if call.S % call.sizes.block_k:
+        ok = ok & (k < call.S)
+    if call.arrays.k_segment:
+        column = step.column[pl.ds(b * tile.k, tile.k), :]
+        column = jnp.concatenate([column] * (tile.q // column.shape[1]), axis=1)
+        ok = ok & (column != 0)
+        if x.q_segment is not None:
+            ok = ok & (column == x.q_segment[:, pl.ds(a * tile.q, tile.q)])
+    return jnp.where(ok, s, MASKED)
+
+
+def _dot(call: Call, a: Array, b: Array, dims: Any = (((1,), (0,)), ((), ()))) -> Float[Array, "m n"]:
+    return lax.dot_general(a, b, dims, precision=precision(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _scores(call: Call, raw: Array) -> tuple[Array, Array | None]:
+    """Scores times log2(e) from folded dot products, and tanh where there is a soft-cap."""
+    if call.softcap is None:
+        return raw, None
+    t = jnp.tanh(raw)
+    return t * (call.softcap * LOG2_E), t
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+def _forward_kernel(call: Call, plan: Schedule, *refs: Any) -> None:
+    """Grid (B * N, visits)."""
+    guide, x, (o_ref, lse_ref, q_folded, top, total, sums, column) = _unpack(call, refs)
+    tile = call.sizes.forward
+    step = _step(call, guide, len(plan.visits.q), pl.program_id(0), pl.program_id(1), column)
+
+    @pl.when(step.code & 1 != 0)
+    def _begin() -> None:
+        q_folded[...] = (x.q[...].astype(jnp.float32) * call.fold).astype(q_folded.dtype)
+        top[...] = jnp.full_like(top, MASKED)
+        total[...] = jnp.zeros_like(total)
+        sums[...] = jnp.zeros_like(sums)
+
+    def score(a: int, b: int, masked: bool) -> tuple[Array]:
+        raw = _dot(call, x.k[pl.ds(b * tile.k, tile.k), :], q_folded[pl.ds(a * tile.q, tile.q), :], ROWS_BY_ROWS)
+        s, _ = _scores(call, raw)
+        return (_hide(call, step, x, tile, a, b, s) if masked else s,)
+
+    def absorb(a: int, b: int, s: Array) -> None:
+        at, old = pl.ds(a * tile.q, tile.q), top[:, pl.ds(a * tile.q, tile.q)]
+        new = jnp.maximum(old, s.max(0, keepdims=True))
+        p, shrink = jnp.exp2(s - new), jnp.exp2(old - new)
+        v = x.v[pl.ds(b * tile.k, tile.k), :]
+        top[:, at] = new
+        total[:, at] = total[:, at] * shrink + p.sum(0, keepdims=True)
+        sums[:, at] = sums[:, at] * shrink + _dot(call, v, p.astype(v.dtype), COLUMNS_BY_COLUMNS)
+
+    _compute(plan, step, tile.ahead, x.k_segment, score, absorb)
+
+    @pl.when(step.code & 2 != 0)
+    def _end() -> None:
+        seen = top[...] > MASKED / 2
+        divisor = jnp.where(seen, total[...], 1.0)
+        o_ref[...] = (sums[...] * jnp.where(seen, 1.0 / divisor, 0.0)).T.astype(o_ref.dtype)
+        lse_ref[...] = jnp.where(seen, top[...] + jnp.log2(divisor), -MASKED)
+
+
+def _shape(call: Call, tile: Any) -> Shape:
+    return Shape(call.T, call.S, call.sizes.block_q, call.sizes.block_k, tile.q, tile.k)
+
+
+def _column(call: Call) -> Any:
+    return pltpu.VMEM((call.sizes.block_k, 128) if call.arrays.k_segment else (8, 128), jnp.int32)
+
+
+def _params(call: Call, *semantics: str) -> Any:
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=call.sizes.vmem)
+
+
+def _forward(call: Call, x: Operands, prefix: Array | None) -> tuple[Array, tuple[Any, ...]]:
+    shape = _shape(call, call.sizes.forward)
+    plan = schedule(call.pattern, shape, call.arrays)
+    guide = _guide(call, plan, shape, x, prefix)
+    (heads, T, H), bq, visits = x.q.shape, call.sizes.block_q, len(plan.visits.q)
+    layout = _layout(call, H, visits, lambda head, visit: (head, visit))
+    specs, arrays = _inputs(call, layout, x)
+    scratch = [
+        pltpu.VMEM((bq, H), x.q.dtype),
+        pltpu.VMEM((1, bq), jnp.float32),
+        pltpu.VMEM((1, bq), jnp.float32),
+        pltpu.VMEM((H, bq), jnp.float32),
+        _column(call),
+    ]
+    o, lse = pl.pallas_call(
+        partial(_forward_kernel, call, plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(heads, visits),
+            in_specs=specs,
+            out_specs=[layout.q, layout.statistic],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.q.shape, x.q.dtype), jax.ShapeDtypeStruct((heads, 1, T), jnp.float32)],
+        compiler_params=_params(call, "parallel", "arbitrary"),
+        interpret=call.interpret,
+        name="flash_forward",
+    )(*guide, *arrays)
+    return o, (x, prefix, o, lse)
+
+
+# ------------------------------------------------------------------------------------------------------------ backward
+
+
+def _backward_kernel(call: Call, plan: Schedule, first_key: int, more: bool, *refs: Any) -> None:
+    """Grid (B * K, G, visits). more: the gradient of q continues that of another span of keys."""
+    guide, x, rest = _unpack(call, refs)
+    do_ref, o_ref, lse_ref, *rest = rest
+    so_far, rest = (rest[0], rest[1:]) if more else (None, rest)
+    dq_ref, dk_ref, dv_ref, q_folded, delta, dq, dk, dv, column = rest
+    tile, (kv_head, g, visit) = call.sizes.backward, map(pl.program_id, range(3))
+    visits, G = len(plan.visits.q), call.N // call.K
+    step = _step(call, guide, visits, kv_head * G + g, visit, column)
+
+    @pl.when((g == 0) & (visit == 0))
+    def _begin_head() -> None:
+        dk[...] = jnp.zeros_like(dk)
+        dv[...] = jnp.zeros_like(dv)
+
+    @pl.when(step.code & 1 != 0)
+    def _begin_queries() -> None:
+        q_folded[...] = (x.q[...].astype(jnp.float32) * call.fold).astype(q_folded.dtype)
+        delta[...] = (do_ref[...].astype(jnp.float32) * o_ref[...].astype(jnp.float32)).T.sum(0, keepdims=True)
+        dq[...] = jnp.zeros_like(dq)
+
+    def score(a: int, b: int, masked: bool) -> tuple[Array, ...]:
+        at, keys = pl.ds(a * tile.q, tile.q), pl.ds(b * tile.k, tile.k)
+        s, t = _scores(call, _dot(call, x.k[keys, :], q_folded[at, :], ROWS_BY_ROWS))
+        dp = _dot(call, x.v[keys, :], do_ref[at, :], ROWS_BY_ROWS)
+        return _hide(call, step, x, tile, a, b, s) if masked else s, dp, t
+
+    def absorb(a: int, b: int, s: Array, dp: Array, t: Array | None) -> None:
+        at, keys = pl.ds(a * tile.q, tile.q), pl.ds(b * tile.k, tile.k)
+        start = (step.key - first_key) * call.sizes.block_k + b * tile.k
+        rows = pl.ds(pl.multiple_of(start, tile.k), tile.k)
+        p = jnp.exp2(s - lse_ref[:, at])
+        ds = p * (dp - delta[:, at])
+        ds = (ds if t is None else ds * (1 - t * t)).astype(q_folded.dtype)
+        dv[rows, :] += _dot(call, p.astype(do_ref.dtype), do_ref[at, :])
+        dk[rows, :] += _dot(call, ds, q_folded[at, :])
+        dq[:, at] += _dot(call, x.k[keys, :], ds, COLUMNS_BY_COLUMNS)
+
+    _compute(plan, step, tile.ahead, x.k_segment, score, absorb)
+
+    @pl.when(step.code & 2 != 0)
+    def _end_queries() -> None:
+        part = dq[...].T * call.scale
+        dq_ref[...] = (part if so_far is None else part + so_far[...]).astype(dq_ref.dtype)
+
+    @pl.when((g == G - 1) & (visit == visits - 1))
+    def _end_head() -> None:
+        dk_ref[...] = (dk[...] * (call.scale / call.fold)).astype(dk_ref.dtype)
+        dv_ref[...] = dv[...].astype(dv_ref.dtype)
+
+
+def _span(
+    call: Call, saved: tuple[Any, ...], do: Array, keys: tuple[int, int], so_far: Array | None, last: bool
+) -> Any:
+    """(dq, dk, dv) of key blocks keys[0] .. keys[1] - 1; dq continues `so_far` in float32 until the last span."""
+    x, prefix, o, lse = saved
+    shape, bk, bq, G = _shape(call, call.sizes.backward), call.sizes.block_k, call.sizes.block_q, call.N // call.K
+    plan = schedule(call.pattern, shape, call.arrays, keys)
+    guide = _guide(call, plan, shape, x, prefix)
+    (_, _, H), kv_heads, visits, span = x.q.shape, x.k.shape[0], len(plan.visits.q), (keys[1] - keys[0]) * bk
+    layout = _layout(call, H, visits, lambda kv_head, g, visit: (kv_head * G + g, visit))
+    specs, arrays = _inputs(call, layout, x)
+    whole = pl.BlockSpec((None, span, H), lambda kv_head, *_: (kv_head, 0, 0))
+    whole_shape = jax.ShapeDtypeStruct((kv_heads, span, H), x.k.dtype)
+    more = [] if so_far is None else [so_far]
+    scratch = [
+        pltpu.VMEM((bq, H), x.q.dtype),
+        pltpu.VMEM((1, bq), jnp.float32),
+        pltpu.VMEM((H, bq), jnp.float32),
+        pltpu.VMEM((span, H), jnp.float32),
+        pltpu.VMEM((span, H), jnp.float32),
+        _column(call),
+    ]
+    return pl.pallas_call(
+        partial(_backward_kernel, call, plan, keys[0], bool(more)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(kv_heads, G, visits),
+            in_specs=[*specs, layout.q, layout.q, layout.statistic, *[layout.q] * len(more)],
+            out_specs=[layout.q, whole, whole],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.q.shape, x.q.dtype if last else jnp.float32), whole_shape, whole_shape],
+        compiler_params=_params(call, "parallel", "arbitrary", "arbitrary"),
+        interpret=call.interpret,
+        name="flash_backward",
+    )(*guide, *arrays, do, o, lse, *more)
+
+
+def _backward(call: Call, saved: tuple[Any, ...], do: Array) -> tuple[Operands, None]:
+    blocks, step = saved[0].k.shape[1] // call.sizes.block_k, call.sizes.span // call.sizes.block_k
+    dq, dks, dvs = None, [], []
+    for start in range(0, blocks, step):
+        keys = (start, min(start + step, blocks))
+        dq, dk, dv = _span(call, saved, do, keys, dq, last=keys[1] == blocks)
+        dks.append(dk)
+        dvs.append(dv)
+    return Operands(dq, jnp.concatenate(dks, 1), jnp.concatenate(dvs, 1), None, None), None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: Call, x: Operands, prefix: Array | None) -> Float[Array, "BN T H"]:
+    return _forward(call, x, prefix)[0]
+
+
+_attend.defvjp(_forward, _backward)
