@@ -74,7 +74,7 @@ class Checkpointer:
         """
         self.wait()
         arrays = _flatten(state)
-        step, size = int(state.step), sum(x.nbytes for x in arrays.values())
+        step, size = int(jax.device_get(state.step)), sum(x.nbytes for x in arrays.values())
         if not decided_by_first(partial(folder.make_room, self._directory, step, size)):
             return
         metric = metric if metric is not None and math.isfinite(metric) else None
