@@ -74,7 +74,7 @@ class Lab:
         return self.start(run, phase, layout, devices).wait(timeout=240)
 
     def log(self, run: Path) -> str:
-        return (self.home / f"{run.name}.log").read_text()[-3000:]
+        return (self.home / f"{run.name}.log").read_text()
 
 
 @pytest.fixture(scope="module")
