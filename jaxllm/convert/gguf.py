@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxllm.config import GLU, GQA, Block, Linear, Llama3, RMSNorm, Rope, Scaling, Transformer, decoder
 from jaxllm.convert import rules
 from jaxllm.convert.gguf_blocks import FORMATS, OTHER_NAMES, Format, dequantise, nbytes
+from jaxllm.convert.hf import check_vocab
 from jaxllm.convert.rules import Rule, Unused
 from jaxllm.data.gguf_tokenizer import from_gguf
 from jaxllm.data.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ class _Cursor:
     """Reads scalars from a buffer, moving on."""
 
     def __init__(self, content: np.ndarray) -> None:
-        self.content, self.at = memoryview(content), 0
+        self.content, self.at = content.data, 0
 
     def take(self, n: int) -> memoryview:
         if n > len(self.content) - self.at:
@@ -110,7 +111,9 @@ def open_gguf(path: epath.PathLike) -> GGUF:
         raise FileNotFoundError(f"{file} does not exist; give the path of a .gguf file")
     content = _content(file)
     if bytes(content[:4]) != MAGIC:
-        raise ValueError(f"{file}: a GGUF file begins with {MAGIC!r}, this one with {bytes(content[:4])!r}; check the path")
+        raise ValueError(
+            f"{file}: a GGUF file begins with {MAGIC!r}, this one with {bytes(content[:4])!r}; check the path"
+        )
     version = int.from_bytes(bytes(content[4:8]), "little")
     if version not in (2, 3):
         raise ValueError(f"{file}: GGUF version must be 2 or 3 (little endian), found {version}; convert it again")
@@ -163,7 +166,13 @@ def _listed(cursor: _Cursor, file: epath.Path) -> tuple[str, Format, tuple[int, 
 
 # ----------------------------------------------------------------------------------------------- llama architecture
 
-_IGNORED = {"rope.dimension_count", "vocab_size", "tensor_data_layout", "attention.key_length", "attention.value_length"}
+_IGNORED = {
+    "rope.dimension_count",
+    "vocab_size",
+    "tensor_data_layout",
+    "attention.key_length",
+    "attention.value_length",
+}
 
 TOP: tuple[Row, ...] = (
     ("token_embd.weight", "embed/tokens", None),
@@ -199,13 +208,17 @@ def spec_from_gguf(file: GGUF) -> Transformer:
     meta = dict(file.metadata)
     kind = meta.get("general.architecture")
     if kind != "llama":
-        raise ValueError(f"{file.path}: general.architecture must be 'llama', found {kind!r}; load its Hugging Face folder")
+        raise ValueError(
+            f"{file.path}: general.architecture must be 'llama', found {kind!r}; load its Hugging Face folder"
+        )
     own = {key.removeprefix("llama."): value for key, value in meta.items() if key.startswith("llama.")}
     c = _read_keys(own, file)
     heads = c["attention.head_count"]
     width = own.get("attention.key_length", c["embedding_length"] // heads)
     if own.get("rope.dimension_count", width) != width or own.get("attention.value_length", width) != width:
-        raise ValueError(f"{file.path}: rotated and value widths must be the head's {width}; partial ones are not supported")
+        raise ValueError(
+            f"{file.path}: rotated and value widths must be the head's {width}; partial ones are not supported"
+        )
     rope = Rope(float(c["rope.freq_base"]), scaling=_scaling(c, file, width))
     bias, out_bias = "blk.0.attn_q.bias" in file.tensors, "blk.0.attn_output.bias" in file.tensors
     attn = GQA(heads, c["attention.head_count_kv"] or heads, width, rope, qkv_bias=bias, out_bias=out_bias)
@@ -282,6 +295,7 @@ def load_gguf(
     file = open_gguf(path)
     spec = spec_from_gguf(file)
     tokenizer = from_gguf(file.metadata)
+    check_vocab(tokenizer, spec, str(path))
     tree, rules_ = transformer_params(spec), names(spec)
     rules.check(rules_, tree, file.shapes, str(path))
     return spec, rules.load(rules_, tree, file.shapes, file.read, dtype, shardings), tokenizer

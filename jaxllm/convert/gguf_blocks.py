@@ -161,7 +161,7 @@ def nbytes(kind: Format, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // kind.weights * kind.size
 
 
-def dequantise(kind: Format, raw: UInt8[np.ndarray, " bytes"], shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
+def dequantise(kind: Format, raw: UInt8[np.ndarray, " bytes"], shape: tuple[int, ...]) -> Float[np.ndarray, ...]:
     """float32 of `shape`. Plain float32 is a view of `raw`."""
     if kind.name == "F32":
         return raw.view(np.float32).reshape(shape)

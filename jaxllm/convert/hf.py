@@ -45,9 +45,9 @@ def load_folder(
     the field, the tensor or the file.
     """
     config = read_config(path)
-    spec, family = spec_of_config(config), family_of_config(config)
-    params = load_params(path, spec, family, dtype, shardings)
-    return spec, params, load_tokenizer(path)
+    spec, family, tokenizer = spec_of_config(config), family_of_config(config), load_tokenizer(path)
+    check_vocab(tokenizer, spec, str(path))
+    return spec, load_params(path, spec, family, dtype, shardings), tokenizer
 
 
 def load_params(
@@ -66,6 +66,15 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer | None:
     """The folder's tokenizer, None when it has no tokenizer file."""
     has_one = any((epath.Path(path) / name).exists() for name in TOKENIZER_FILES)
     return tokenizers.load(path) if has_one else None
+
+
+def check_vocab(tokenizer: Tokenizer | None, spec: Transformer, owner: str) -> None:
+    """ValueError unless every id of the tokenizer has a row in the embedding."""
+    if tokenizer is not None and tokenizer.vocab > spec.vocab:
+        raise ValueError(
+            f"{owner}: the tokenizer has {tokenizer.vocab} ids, the model's vocabulary {spec.vocab}; they do not belong "
+            "together, use the tokenizer that the model was made with"
+        )
 
 
 def eos_ids(path: epath.PathLike, config: Mapping[str, Any]) -> tuple[int, ...]:

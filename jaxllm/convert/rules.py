@@ -255,7 +255,7 @@ def _within(where: tuple[int, ...], index: Index) -> bool:
     return all(start <= i < stop for i, (start, stop) in zip(where, index, strict=False))
 
 
-def _ends(index: tuple[slice, ...], shape: Shape) -> Index:
+def _ends(index: Any, shape: Shape) -> Index:
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 

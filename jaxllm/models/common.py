@@ -102,17 +102,17 @@ def modern(config: Config) -> dict[str, Any]:
     Raises ValueError when both styles are there and differ.
     """
     out = dict(config)
-    classic = {name: out.pop(name) for name in ("rope_theta", "rope_scaling") if name in out}
-    given = out.get("rope_parameters")
-    merged = dict(classic.get("rope_scaling") or given or {})
-    if given and any(merged.get(key, value) != value for key, value in given.items()):
-        raise ValueError(f"config.json: rope_parameters={given} and rope_scaling={merged} differ; keep one of them")
-    theta = classic.get("rope_theta")
-    if theta is not None and merged.setdefault("rope_theta", theta) != theta:
-        raise ValueError(f"config.json: rope_theta={theta} and rope_parameters={given} differ; keep one of them")
-    if merged or classic:
-        out["rope_parameters"] = merged or None
-    return out
+    theta, scaling, given = (out.pop(name, None) for name in ("rope_theta", "rope_scaling", "rope_parameters"))
+    sources = [dict(d) for d in (given, scaling) if d] + ([{"rope_theta": theta}] if theta is not None else [])
+    merged: dict[str, Any] = {}
+    for source in sources:
+        items = [("rope_type" if key == "type" else key, value) for key, value in source.items()]
+        for key, value in items:
+            if merged.setdefault(key, value) != value:
+                raise ValueError(
+                    f"config.json: {key} is {merged[key]!r} in one place and {value!r} in another; keep one"
+                )
+    return out | ({"rope_parameters": merged} if merged else {})
 
 
 def classic(config: Config) -> dict[str, Any]:
@@ -145,8 +145,7 @@ def rope_from(parameters: Config | None, theta: float = 10_000.0) -> Rope:
     """A Rope from `rope_parameters`; `theta` when they do not name one. Refuses unknown types and keys by name."""
     given = dict(parameters or {})
     base = float(given.pop("rope_theta", theta))
-    legacy = given.pop("type", None)
-    kind = given.pop("rope_type", legacy) or "default"
+    kind = given.pop("rope_type", "default")
     if kind not in _ROPE_KEYS:
         raise ValueError(
             f"config.json: rope_type must be one of {sorted(_ROPE_KEYS)}, found {kind!r}; it is not supported"
@@ -273,12 +272,9 @@ def _tuple(path: str | tuple[str, ...]) -> tuple[str, ...]:
     return path if isinstance(path, tuple) else (path,)
 
 
-def expect(condition: bool, family: str, spec: Transformer) -> None:
-    """ValueError unless `condition`: the spec has a shape that the family's config can express."""
-    if not condition:
-        raise ValueError(
-            f"{family}: config.json of this family cannot express spec {spec.name!r}; choose another family"
-        )
+def foreign(family: str, spec: Transformer) -> ValueError:
+    """The error of a spec whose shape the family's config.json cannot express."""
+    return ValueError(f"{family}: config.json of this family cannot express spec {spec.name!r}; choose another family")
 
 
 # -------------------------------------------------------------------------------------------------- layer patterns

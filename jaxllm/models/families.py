@@ -15,21 +15,24 @@ from jaxllm.models.common import layers_of, modern, stacks_of
 class Family(Protocol):
     """What a family's module offers; see `jaxllm.models.common`."""
 
-    MODEL_TYPE: str
-    ARCHITECTURES: tuple[str, ...]
-    PREFIX: str
+    @property
+    def MODEL_TYPE(self) -> str: ...
 
-    @staticmethod
-    def from_hf(config: Mapping[str, Any]) -> Transformer: ...
+    @property
+    def ARCHITECTURES(self) -> tuple[str, ...]: ...
 
-    @staticmethod
-    def to_hf(spec: Transformer) -> dict[str, Any]: ...
+    @property
+    def PREFIX(self) -> str: ...
 
-    @staticmethod
-    def names(spec: Transformer) -> list[Rule]: ...
+    def from_hf(self, config: Mapping[str, Any]) -> Transformer: ...
+
+    def to_hf(self, spec: Transformer) -> dict[str, Any]: ...
+
+    def names(self, spec: Transformer) -> list[Rule]: ...
 
 
-FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in (llama, mistral, qwen2, gpt2, gemma2)}
+_MODULES: tuple[Family, ...] = (llama, mistral, qwen2, gpt2, gemma2)
+FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _MODULES}
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:

@@ -12,7 +12,7 @@ from jaxllm.models.common import (
     Row,
     activation_from,
     activation_to,
-    expect,
+    foreign,
     layers_of,
     read_fields,
     stacks_of,
@@ -116,7 +116,8 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
     """The inverse of `from_hf`."""
     blocks, norm = layers_of(spec), spec.norm
     attn, ffn = blocks[0].attn, blocks[0].ffn
-    expect(isinstance(ffn, MLP) and isinstance(norm, LayerNorm) and attn.position is None, MODEL_TYPE, spec)
+    if not (isinstance(ffn, MLP) and isinstance(norm, LayerNorm) and attn.position is None):
+        raise foreign(MODEL_TYPE, spec)
     act = "gelu_new" if ffn.act == "gelu_tanh" else activation_to(ffn.act)
     values = (spec.vocab, spec.context, spec.dim, spec.layers, attn.heads, ffn.hidden, act, norm.eps)
     scales = [block.attn.scale for block in blocks]

@@ -11,7 +11,7 @@ from jaxllm.models.common import (
     Row,
     activation_from,
     activation_to,
-    expect,
+    foreign,
     layers_of,
     rope_from,
     rope_to,
@@ -80,7 +80,8 @@ def spec_from(c: Config, patterns: list[Pattern], qkv_bias: bool, out_bias: bool
 def config_of(spec: Transformer, model_type: str, architecture: str) -> dict[str, Any]:
     """The fields of SHAPE for a spec whose layers differ in their pattern at most."""
     attn, ffn, norm = layers_of(spec)[0].attn, layers_of(spec)[0].ffn, spec.norm
-    expect(isinstance(ffn, GLU) and isinstance(norm, RMSNorm) and attn.position is not None, model_type, spec)
+    if not (isinstance(ffn, GLU) and isinstance(norm, RMSNorm) and attn.position is not None):
+        raise foreign(model_type, spec)
     values = (spec.vocab, spec.dim, ffn.hidden, spec.layers, attn.heads, attn.kv_heads, attn.head_dim)
     values += (activation_to(ffn.act), spec.context, norm.eps, spec.tied, rope_to(attn.position))
     return {"model_type": model_type, "architectures": [architecture]} | dict(zip(SHAPE, values, strict=True))
