@@ -1,7 +1,7 @@
 """`jaxllm doctor`: what this machine has, and what it has that jax does not see.
 
-The commonest way to lose a day is an accelerator that is present but silently unused; so devices are looked for both through
-jax and in /dev.
+The commonest way to lose a day is an accelerator that is present but silently unused; so devices are looked for both
+through jax and in /dev.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _versions() -> list[Finding]:
 def _devices(dev: Path) -> list[Finding]:
     try:
         kinds = [device.device_kind for device in jax.devices()]
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # jax asserts when no platform at all comes up
         cure = (
             f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r} asks for what is not there, or a driver is missing"
         )

@@ -1,1 +1,1 @@
-"""Plan a run before it is paid for: compile its step with the real TPU compiler, no TPU needed, and read off the figures."""
+"""Plan a run before it is paid for: compile its step with the real TPU compiler, without a TPU, and read figures."""

@@ -1,4 +1,4 @@
-"""Compile one training step for a TPU slice that is not there. Runs in a process of its own: python -m jaxllm.plan.child DIR
+"""Compile one training step for a TPU slice that is not there, in a process of its own: python -m jaxllm.plan.child DIR
 
 The TPU compiler reads its environment once, when it is loaded, and can take gigabytes or die; the parent
 (`jaxllm.plan.compile`) sets that environment, watches this process, and reads from DIR what it leaves:

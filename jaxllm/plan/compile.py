@@ -56,7 +56,7 @@ class Compiled:
 
 
 def prepare(exp: Experiment, target: Slice) -> Experiment:
-    """The experiment as it would run on the slice: "auto" attention is the TPU kernel, no layout is FSDP over all chips.
+    """The experiment as it would run on the slice: "auto" attention is the TPU kernel, no layout means FSDP over all.
 
     Raises ValueError when the layout does not fit the slice or the model, or the batch does not divide.
     """
@@ -91,8 +91,8 @@ def compile_step(
 ) -> Compiled:
     """Compile the real train step of a prepared experiment for the slice.
 
-    Raises ValueError for a slice the compiler does not know, TimeoutError after `time_out` seconds, RuntimeError when the
-    compiler fails in another way. A program that does not fit is no error: `scheduled` is None.
+    Raises ValueError for a slice the compiler does not know, TimeoutError after `time_out` seconds, RuntimeError when
+    the compiler fails in another way. A program that does not fit is no error: `scheduled` is None.
     """
     require_compiler()
     with tempfile.TemporaryDirectory(prefix="jaxllm-plan-") as name:
@@ -104,8 +104,8 @@ def compile_step(
                 elapsed = time.monotonic() - start
                 if elapsed > time_out:
                     raise TimeoutError(
-                        f"plan: {_phase(job)} took longer than {time_out:.0f} s; allow more with --timeout SECONDS, or plan "
-                        "with fewer layers first (model.stacks.0.repeats=2)"
+                        f"plan: {_phase(job)} took longer than {time_out:.0f} s; allow more with --timeout SECONDS, "
+                        "or plan with fewer layers first (model.stacks.0.repeats=2)"
                     )
                 if progress is not None:
                     progress(_phase(job), elapsed)
@@ -171,7 +171,7 @@ def _collect(job: Path, code: int, target: Slice) -> Compiled:
 
 
 def _dumped(job: Path, what: str) -> str:
-    """A text the compiler dumped for the step. (Small programs compiled for the CPU on the way are dumped beside it.)"""
+    """A text the compiler dumped for the step. (Small programs compiled for the CPU on the way lie beside it.)"""
     found = [p for p in (job / "dump").glob(f"*jit_step*.{what}.txt") if ".cpu_" not in p.name]
     if not found:
         raise RuntimeError(
@@ -199,6 +199,7 @@ def _failure(job: Path, code: int, error: str | None, target: Slice) -> Exceptio
     text = error or "\n".join(log.splitlines()[-5:])
     if "topology" in text.lower() and _phase(job) == "naming the chips":
         return ValueError(
-            f"plan: the compiler does not know topology {target.name!r}; did you mean {nearest(target.name)!r}? ({text[:200]})"
+            f"plan: the compiler does not know topology {target.name!r}; did you mean {nearest(target.name)!r}? "
+            f"({text[:200]})"
         )
     return RuntimeError(f"plan: the compiler failed while {_phase(job)}: {text[:2000]}")

@@ -1,10 +1,10 @@
 """A plan: the figures of one compiled step per chip, what they add up to, and what to change when it does not fit.
 
     step seconds = cycles / clock + kernel seconds        collectives are taken as hidden behind the arithmetic
-    MFU          = model FLOPs / (step seconds x peak)    model FLOPs: `jaxllm.plan.info`, without recomputation
+    MFU          = model FLOPs / (step seconds x peak)    model FLOPs: `jaxllm.flops`, without recomputation
 
-Cycles are the compiler's estimates. Pallas kernels have none: their seconds are null, and step seconds then takes them at the
-matrix unit's peak, so that it is a lower bound, and MFU an upper one.
+Cycles are the compiler's estimates. Pallas kernels have none: their seconds are null, and step seconds then takes
+them at the matrix unit's peak, so that it is a lower bound, and MFU an upper one.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def estimate(exp: Experiment, target: Slice, compiled: Compiled) -> Plan:
 
 
 def shapes_of(exp: Experiment, layout: Layout, devices: int) -> Shapes:
-    """Shapes that tell weights and gradients from activations: of each parameter, whole and as laid out, one layer or all."""
+    """Shapes that tell weights and gradients from activations: of parameters, whole and as laid out, a layer or all."""
     sizes = layout.sizes(devices)
     found: set[tuple[int, ...]] = set()
     for p in leaves(transformer_params(exp.model)):

@@ -1,8 +1,8 @@
 """Which mesh axes a collective runs over, from its replica groups.
 
-The compiler writes groups as lists of devices, as a reshaped and transposed count, or as axes of a mesh (ours, or one of its
-own with the same devices in the same order). Each is turned into the devices of the first group, and their coordinates on our
-mesh say which axes vary.
+The compiler writes groups as lists of devices, as a reshaped and transposed count, or as axes of a mesh (ours, or
+one of its own with the same devices in the same order). Each is turned into the devices of the first group, and
+their coordinates on our mesh say which axes vary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def axes_of(op: Op, sizes: Mapping[str, int]) -> str:
 
 
 def first_group(attrs: str) -> list[int]:
-    """Devices of the first group (or pair) in a collective's attributes; empty when they are written in an unknown way."""
+    """Devices of the first group (or pair) in a collective's attributes; empty when written in an unknown way."""
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attrs)
     if listed:
         return [int(d) for d in listed[1].split(",") if d]

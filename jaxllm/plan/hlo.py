@@ -27,7 +27,7 @@ _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 
 @dataclass(frozen=True)
 class Op:
-    """One operation.  type: its result's shape, as text.  args: what is between its parentheses.  attrs: what follows."""
+    """One operation.  type: its result's shape, as text.  args: what its parentheses hold.  attrs: what follows."""
 
     name: str
     type: str
@@ -183,8 +183,8 @@ class Visit:
     """One place in the program.
 
     times: how often it runs per step.  level: identifies the loop body it belongs to, fusions included.
-    fusion: the outermost fusion it is inside of, where its cycles are counted.  scattered: inside an all-reduce of which
-    each device keeps a slice.
+    fusion: the outermost fusion it is inside of, where its cycles are counted.  scattered: inside an all-reduce of
+    which each device keeps a slice.
     """
 
     op: Op

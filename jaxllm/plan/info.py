@@ -1,11 +1,6 @@
 """What a model costs, from its spec alone: parameters, FLOPs per token, cache bytes, training memory. No array is made.
 
-FLOPs are those of matrix products, 2 per multiply-add, the usual convention (Kaplan et al. 2020, §2.1; Chowdhery et al. 2022,
-appendix B), but counted exactly:
-
-    forward per token   2 M + attention      M: parameters that are multiplied (not embeddings, norms, biases; a tied head is)
-    attention per token 4 N H S per layer    S: keys a query sees on average, (T + 1) / 2 under a causal mask; less in a window
-    training per token  3 x forward          recomputation (remat) is not counted: model FLOPs, not hardware FLOPs
+FLOPs are those of `jaxllm.flops`: matrix products of the forward pass, times 3 for training, recomputation not counted.
 """
 
 from __future__ import annotations
@@ -15,13 +10,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from jaxllm.cache import window
-from jaxllm.config import GLU, MLP, Block, Causal, Pattern, Transformer
+from jaxllm.config import GLU, MLP, Block, Transformer
 from jaxllm.experiment import Experiment
-from jaxllm.kernels.pattern import Kind, allowed, block_lists
-from jaxllm.params import Normal, count, paths
+from jaxllm.flops import forward_flops_per_token, matmul_weights, train_flops_per_token
+from jaxllm.params import count, paths
 from jaxllm.sharding import Layout, storage
 from jaxllm.transformer import transformer_params
 
@@ -32,7 +25,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class Info:
     """Costs of a model at a context of `context` tokens.
 
-    parameters: by part, "total" included.  matrix_parameters: M of the module's formulas.
+    parameters: by part, "total" included.  matrix_parameters: those that are multiplied: a tied head, no embedding.
     forward_flops: per token, {"matrices", "attention"}.  train_flops: per token, 3 x their sum.
     kv_bytes: of one more token, in a cache whose windows are not full yet.  kv_bytes_context: of `context` tokens.
     training_bytes: per chip by part, None without an experiment.
@@ -52,9 +45,8 @@ class Info:
 def info(spec: Transformer, context: int | None = None, dtype: str = "bfloat16") -> Info:
     """Costs of a model. context: default the spec's own.  dtype: of the cache."""
     T = spec.context if context is None else context
-    matrices = sum(math.prod(p.shape) for path, p in paths(transformer_params(spec)) if _multiplied(path, p.init))
-    matrices += spec.vocab * spec.dim if spec.tied else 0
-    attention = sum(n * _attention_flops(block, T, spec.causal) for block, n in _blocks(spec))
+    matrices = matmul_weights(spec)
+    forward = forward_flops_per_token(spec, T)
     rows = {block: 2 * block.attn.kv_heads * block.attn.head_dim * _BYTES[dtype] for block, _ in _blocks(spec)}
     kept = {block: min(window(block.attn.pattern) or T, T) if spec.causal else T for block, _ in _blocks(spec)}
     return Info(
@@ -62,8 +54,8 @@ def info(spec: Transformer, context: int | None = None, dtype: str = "bfloat16")
         context=T,
         parameters=parameters_by_part(spec),
         matrix_parameters=matrices,
-        forward_flops={"matrices": 2.0 * matrices, "attention": attention},
-        train_flops=3.0 * (2.0 * matrices + attention),
+        forward_flops={"matrices": 2.0 * matrices, "attention": forward - 2.0 * matrices},
+        train_flops=train_flops_per_token(spec, T),
         kv_bytes=sum(n * rows[block] for block, n in _blocks(spec)),
         kv_bytes_context=sum(n * rows[block] * kept[block] for block, n in _blocks(spec)),
         training_bytes=None,
@@ -80,23 +72,12 @@ def parameters_by_part(spec: Transformer) -> dict[str, int]:
     return dict(parts) | {"total": count(transformer_params(spec))}
 
 
-def visible_pairs(pattern: Pattern, T: int, block: int = 512) -> int:
-    """How many (query, key) pairs of a row of T tokens the pattern allows. Exact, without a [T, T] table."""
-    blocks = block_lists(pattern, T, T, block, block)
-    full, mixed = blocks.only(Kind.FULL), blocks.only(Kind.MIXED)
-    total = int((np.minimum(block, T - full.q * block) * np.minimum(block, T - full.k * block)).sum())
-    for q, k in zip(mixed.q, mixed.k, strict=True):
-        q_T, k_T = (np.arange(i * block, min((i + 1) * block, T)) for i in (q, k))
-        total += int(np.broadcast_to(allowed(pattern, q_T[:, None], k_T[None]), (q_T.size, k_T.size)).sum())
-    return total
-
-
 def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     """Bytes per chip by part while training, by formula (`jaxllm plan` asks the compiler instead).
 
     parameters 4 P, optimiser 8 P, gradients 4 P bytes, P being the parameters a chip stores under the layout (gradients
-    whole below ZeRO stage 2); saved: what the backward pass keeps per layer under `runtime.remat`, times the tokens of a
-    micro-batch.
+    whole below ZeRO stage 2); saved: what the backward pass keeps per layer under `runtime.remat`, times the tokens of
+    a micro-batch.
     """
     layout = exp.runtime.layout or Layout()
     sizes = layout.sizes(devices)
@@ -126,16 +107,6 @@ def _blocks(spec: Transformer) -> list[tuple[Block, int]]:
         for block in stack.pattern:
             counts[block] += stack.repeats
     return list(counts.items())
-
-
-def _multiplied(path: str, init: object) -> bool:
-    """Matrices: what starts random, but for embeddings, which are looked up."""
-    return isinstance(init, Normal) and not path.startswith("embed/")
-
-
-def _attention_flops(block: Block, T: int, causal: bool) -> float:
-    pattern = Causal() & block.attn.pattern if causal else block.attn.pattern
-    return 4.0 * block.attn.heads * block.attn.head_dim * visible_pairs(pattern, T) / T
 
 
 def _saved_width(block: Block, dim: int, remat: str) -> int:

@@ -1,11 +1,11 @@
 """Where the memory of a compiled step goes, from the compiler's buffer assignment.
 
-The assignment gives every buffer an allocation: the arguments have one each, temporaries share one heap at fixed offsets. The
-live ranges say when each is in use. Parts are read at the moment when most of the heap is in use; what the heap holds beyond
-that (buffers of different moments that could not be packed) is "fragmentation".
+The assignment gives every buffer an allocation: the arguments have one each, temporaries share one heap at fixed
+offsets. The live ranges say when each is in use. Parts are read at the moment when most of the heap is in use; what
+the heap holds beyond that (buffers of different moments that could not be packed) is "fragmentation".
 
-A temporary is told apart by what made it and by its shape: shapes of parameters are gathered weights or gradients (made by
-the backward pass), stacks over layers are activations saved for the backward pass, the rest are working activations.
+A temporary is told apart by what made it and by its shape: shapes of parameters are gathered weights or gradients (made
+by the backward pass), stacks over layers are activations saved for the backward pass, the rest are working activations.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Buffer:
-    """A value in an allocation. name: of the operation that made it.  index: in its tuple, or None.  phi: carried by a loop."""
+    """A value in an allocation.  name: of the operation that made it.  index: in its tuple.  phi: carried by a loop."""
 
     name: str
     index: int | None
@@ -73,7 +73,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What tells a temporary's part: sorted sizes (without 1s) of parameters and their pieces, and lengths of layer stacks."""
+    """Tells a temporary's part: sorted sizes (without 1s) of parameters and their pieces, lengths of layer stacks."""
 
     weights: frozenset[tuple[int, ...]]
     layers: frozenset[int]
@@ -115,7 +115,7 @@ def live_ranges(text: str) -> dict[tuple[str, int | None], tuple[int, int]]:
 
 
 def memory(module: Module, assignment: str, ranges: str, shapes: Shapes, code: int) -> Memory:
-    """Memory by part of a module, from the texts of its buffer assignment and live ranges.  code: bytes of the program."""
+    """Memory by part of a module, from texts of its buffer assignment and live ranges.  code: bytes of the program."""
     parts: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
     largest: list[tuple[str, int]] = []
     arguments = _arguments(module)
@@ -205,7 +205,7 @@ def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _origin(module: Module, name: str, index: int | None) -> tuple[Op, str]:
-    """The operation that made a value, seen through loops' tuples and copies, and the argument's path if it is one's cast."""
+    """What made a value, seen through loops' tuples and copies, and the argument's path if it is the cast of one."""
     scope = next((c for c in module.computations.values() if name in c), {})
     op = scope.get(name) or Op(name, "", "?", "", "", False)
     first = op

@@ -1,15 +1,15 @@
-"""Figures of one training step from its compiled program: cycles, matrix FLOPs, collectives, kernels, costliest operations.
+"""Figures of one training step from its compiled program: cycles, matrix FLOPs, collectives, kernels, costliest lines.
 
-Cycles are the compiler's own estimates (`estimated_cycles` in the scheduled text), summed over loop trips. Pallas kernels and
-collectives carry no estimate: kernels are counted, collectives are given as bytes on the wire. It is a compiler's model of a
-chip, not a chip.
+Cycles are the compiler's own estimates (`estimated_cycles` in the scheduled text), summed over loop trips. Pallas
+kernels and collectives carry no estimate: kernels are counted, collectives are given as bytes on the wire. It is a
+compiler's model of a chip, not a chip.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Collective:
-    """count: per step and device.  wire: bytes per step and device: the full tensor once, twice for all-reduce (a ring)."""
+    """count: per step and device.  wire: bytes per step and device, the full tensor once, all-reduce twice (a ring)."""
 
     kind: str
     axes: str
@@ -85,11 +85,11 @@ def program(module: Module, sizes: Mapping[str, int]) -> Program:
     runs: Counter[tuple[str, str]] = Counter()
     collectives: Counter[tuple[str, str, str, str, float]] = Counter()
     kernels: dict[str, tuple[int, float | None]] = {}
-    flops: Counter[tuple[str, str]] = Counter()
+    flops: defaultdict[tuple[str, str], float] = defaultdict(float)
     seen: set[tuple[int, str, str]] = set()
     for visit in walk:
         op, outer = visit.op, visit.fusion or visit.op
-        flops[_short(outer), module.source(outer)] += visit.times * matrix_flops(op, visit.scope)  # type: ignore[assignment]
+        flops[_short(outer), module.source(outer)] += visit.times * matrix_flops(op, visit.scope)
         if (kind := _kind(op)) is not None and (key := _once(visit, kind)) not in seen:
             seen.add(key)
             shown, size = _wire(visit, kind)
@@ -104,10 +104,10 @@ def program(module: Module, sizes: Mapping[str, int]) -> Program:
             runs[where] += visit.times
     return Program(
         sum(cycles.values()),
-        float(flops.total()),
+        sum(flops.values()),
         tuple(sorted((Collective(k, a, s, n, n * b, at) for (k, a, s, at, b), n in collectives.items()), key=_by_wire)),
         tuple(Kernel(name, *of) for name, of in kernels.items()),
-        tuple(Cost(*where, n, runs[where], float(flops[where])) for where, n in cycles.most_common()),
+        tuple(Cost(*where, n, runs[where], flops[where]) for where, n in cycles.most_common()),
         walk.trips,
         tuple(walk.unknown),
     )
@@ -136,8 +136,9 @@ def _kind(op: Op) -> str | None:
 
 
 def _once(visit: Visit, kind: str) -> tuple[int, str, str]:
-    """An asynchronous collective's parts repeat it: one per channel and loop body counts."""
-    return visit.level, kind, visit.op.attr(r"channel_id=(\d+)") or visit.op.name
+    """An asynchronous collective's parts repeat it: one per channel, shape and loop body counts."""
+    channel = visit.op.attr(r"channel_id=(\d+)")
+    return visit.level, kind, f"{channel} {_shape(visit.op)}" if channel else visit.op.name
 
 
 def _wire(visit: Visit, kind: str) -> tuple[str, float]:
@@ -168,7 +169,7 @@ def _stated_flops(op: Op) -> float | None:
 
 
 def matrix_flops(op: Op, scope: Mapping[str, Op]) -> float:
-    """FLOPs of a matrix product, 2 per multiply-add; 0 for anything else. XLA for TPU writes products as convolutions."""
+    """FLOPs of a matrix product, 2 per multiply-add; 0 for anything else. On TPU, products appear as convolutions."""
     match op.kind:
         case "dot":
             lhs = dims(scope[op.operands[0]].type)

@@ -194,7 +194,7 @@ def info_command(target: str, overrides: Iterable[str] = (), json_path: str | No
 
 
 def find(target: str, overrides: Iterable[str] = ()) -> Experiment | Transformer:
-    """An experiment from a config file or run directory, or a preset's spec. Raises ValueError when it is none of them."""
+    """An experiment from a config file or run directory, or a preset's spec. Raises ValueError when it is neither."""
     if target in PRESETS and not Path(target).exists():
         return PRESETS[target]()
     if (Path(target) / "config.json").exists():
@@ -202,7 +202,8 @@ def find(target: str, overrides: Iterable[str] = ()) -> Experiment | Transformer
     if target.endswith(".py"):
         return load_config(target, overrides)
     raise ValueError(
-        f"info: {target!r} must be a config file (.py), a run directory (with config.json), or one of {', '.join(PRESETS)}"
+        f"info: {target!r} must be a config file (.py), a run directory (with config.json), or one of "
+        f"{', '.join(PRESETS)}"
     )
 
 

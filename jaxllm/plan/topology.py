@@ -83,7 +83,7 @@ def parse(name: str) -> Slice:
 
 def nearest(name: str) -> str:
     """The slice that is sold whose chip and number of chips come closest to what `name` asks for."""
-    chip, _, size = name.strip().lower().partition(":")
+    chip, size = re.match(r"([^:-]*)[:-]?(.*)", name.strip().lower()).groups()  # type: ignore[union-attr]
     known = difflib.get_close_matches(chip, CHIPS, 1, 0.0)
     numbers = [int(n) for n in re.findall(r"\d+", size)]
     wanted = math.prod(numbers) if numbers else 4

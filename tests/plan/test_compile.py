@@ -1,0 +1,144 @@
+"""The real TPU compiler through `plan`, and what is refused before it is asked."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+
+from jaxllm.experiment import Data, Experiment, Source, resolve
+from jaxllm.models.presets import PRESETS, toy
+from jaxllm.plan import compile as compiling
+from jaxllm.plan import topology
+from jaxllm.plan.compile import Compiled, compile_step, prepare
+from jaxllm.plan.estimate import Plan, advice
+from jaxllm.plan.memory import PARTS, Memory
+from jaxllm.plan.report import plan, plan_command
+from jaxllm.runtime import Runtime
+from jaxllm.sharding import Layout
+
+V5E = topology.parse("v5e:2x2")
+CONFIG = """
+from jaxllm.experiment import Data, Experiment, Source, resolve
+from jaxllm.models.presets import PRESETS, toy
+from jaxllm.runtime import Runtime
+from jaxllm.sharding import Layout
+
+def config():
+    model = toy(PRESETS["llama3_8b"](), dim=256, vocab=1024)
+    runtime = Runtime("bfloat16", attention="chunked", remat="full", layout=Layout(replicate_below=1024))
+    return Experiment(model, Data((Source("x"),), 64), 100, 8, "run", runtime=runtime)
+"""
+
+
+def experiment(batch_size=8, attention="chunked", **layout):
+    model = toy(PRESETS["llama3_8b"](), dim=256, vocab=1024)
+    runtime = Runtime("bfloat16", attention=attention, remat="full", layout=Layout(**layout))
+    return resolve(Experiment(model, Data((Source("x"),), 64), 100, batch_size, "run", runtime=runtime))
+
+
+def test_a_toy_step_is_compiled(tmp_path, capsys):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+    (tmp_path / "toy.py").write_text(CONFIG)
+    assert plan_command(str(tmp_path / "toy.py"), ["seed=3"], "v5e:2x2", str(tmp_path / "plan.json"), 300.0) == 0
+    made = json.loads((tmp_path / "plan.json").read_text())
+    assert sum(made["hbm_by_part"].values()) == pytest.approx(made["hbm_gib"])
+    assert set(made["hbm_by_part"]) == set(PARTS)
+    assert 0.001 < made["hbm_gib"] < 0.05
+    assert made["model_tflop"] == pytest.approx(128 * 6 * (1024 * 256 + 2 * 98_304) / 1e12, rel=0.2)
+    assert made["xla_seconds"] == made["step_seconds"] > 0
+    assert made["pallas_seconds"] == 0
+    assert made["mfu"] == pytest.approx(made["model_tflop"] / made["step_seconds"] / 197)
+    assert made["unknown_loops"] == []
+    assert made["collectives"]["all-gather"]["count"] > 0
+    assert made["compile_seconds"] > 0
+    printed = capsys.readouterr().out
+    assert "peak" in printed and "data" in printed and "MFU" in printed
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_says_by_how_much(capsys):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+    wide = dataclasses.replace(experiment(batch_size=2**17), runtime=Runtime("float32", attention="chunked"))
+    made = plan(wide, "v5e:2x2", time_out=300)
+    assert not made.fits
+    assert made.memory.total > made.limit == int(15.75 * 2**30)
+    assert any("remat=full" in line for line in advice(made))
+
+
+@pytest.mark.slow
+def test_an_unknown_slice_is_named_by_the_compiler():
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+    with pytest.raises(ValueError, match="does not know topology 'v5e:5x7'"):
+        plan(experiment(batch_size=35, data=35), "v5e:5x7", time_out=120)
+
+
+def test_time_out_ends_the_child(monkeypatch):
+    monkeypatch.setattr(compiling, "require_compiler", lambda: None)
+    with pytest.raises(TimeoutError, match=r"longer than 0 s; allow more with --timeout"):
+        compile_step(prepare(experiment(), V5E), V5E, time_out=0.3)
+
+
+def test_a_killed_compiler_is_explained(monkeypatch, tmp_path):
+    error = compiling._failure(tmp_path, -9, None, V5E)
+    assert "SIGKILL" in str(error) and "memory ran out" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("v5e:16", "v5e:4x4"), ("v5:4x4x4", "v5p:4x4x4"), ("v6e-256", "v6e:16x16"), ("tpu", "")]
+)
+def test_unknown_topology_names_the_nearest(name, near):
+    with pytest.raises(ValueError, match=f"topology '{name}' is not known; did you mean '{near}"):
+        topology.parse(name)
+
+
+def test_topology():
+    pod = topology.parse("V5E:16x16")
+    assert (pod.name, pod.devices, pod.chip.peak) == ("v5e:16x16", 256, 197e12)
+    assert all(topology.parse(name).name == name for name in topology.names())
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "jaxllm\[tpu\]"'):
+        plan(experiment(), "v5e:2x2")
+
+
+def test_layouts_and_batches_that_do_not_fit():
+    with pytest.raises(ValueError, match="must be the number of devices"):
+        prepare(experiment(data=3), V5E)
+    with pytest.raises(ValueError, match="kv_heads=2"):
+        prepare(experiment(tensor=4), V5E)
+    with pytest.raises(ValueError, match=r"batch_size=9 must be a multiple of .* = 4 on v5e:2x2; the nearest is 8"):
+        prepare(experiment(batch_size=9), V5E)
+
+
+def test_preparing_takes_the_kernel_and_shards():
+    auto = dataclasses.replace(experiment(), runtime=Runtime())
+    ready = prepare(auto, V5E)
+    assert ready.runtime.attention == "tpu"
+    assert ready.runtime.layout == Layout()
+
+
+def test_memory_errors_are_told_from_others():
+    text = "RESOURCE_EXHAUSTED: the total memory required (104.69G) exceeds available HBM (15.75G)."
+    assert compiling._memory_limit(text) == int(15.75 * 2**30)
+    assert compiling._memory_limit("RESOURCE_EXHAUSTED: Used 20.5G of 95.74G hbm.") == int(95.74 * 2**30)
+    assert compiling._memory_limit("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
+    assert compiling._memory_limit("INVALID_ARGUMENT") is None
+
+
+def test_advice_follows_the_parts():
+    """A step full of saved activations is told to save fewer; one full of state to shard it."""
+
+    def ranked(zero, remat, **gib):
+        parts = {part: int(gib.get(part, 0) * 2**30) for part in PARTS}
+        exp = experiment(batch_size=64, zero=zero)
+        exp = dataclasses.replace(exp, runtime=dataclasses.replace(exp.runtime, remat=remat))
+        nothing = Compiled(None, "", "", "", 0, 2**34, 0.0, 0.0, {})
+        return advice(Plan(exp, V5E, Memory(parts, ()), 2**34, None, 0.0, 0.0, nothing))
+
+    assert "remat=full" in ranked(3, "none", saved=20)[0]
+    assert "zero=3" in ranked(0, "full", parameters=8, optimiser=16)[0]
+    assert "accumulate=2" in "".join(ranked(3, "full", saved=20)[:2])
