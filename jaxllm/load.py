@@ -220,15 +220,15 @@ def logits(
 ) -> Float[Array, "B T V"]:
     """float32 [B, T, V] of every position, in one jitted forward; compiled once per (spec, runtime, B, T).
 
-    input_ids: integers [B, T] (lists, numpy or jax).  attention_mask: [B, T], 1 for real tokens, 0 for padding on either
-    side; None when nothing is padded. Rows of padding are meaningless.
+    input_ids: integers [B, T] (lists, numpy or jax).  attention_mask: [B, T], 1 for real tokens, 0 for padding
+    on either side; None when nothing is padded. What stands at padding is meaningless.
     Raises ValueError for ragged rows, an id outside the vocabulary, or more tokens than learned positions.
     """
     ids = _integers("input_ids", input_ids)
     mask = None if attention_mask is None else _integers("attention_mask", attention_mask)
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"attention_mask {mask.shape} must have the shape of input_ids {ids.shape}")
-    if isinstance(ids, np.ndarray) and ids.size and not (0 <= ids.min() and ids.max() < spec.vocab):
+    if isinstance(ids, np.ndarray) and ids.size and (ids.min() < 0 or ids.max() >= spec.vocab):
         raise ValueError(f"input_ids must be in 0..{spec.vocab - 1}, found {ids.min()}..{ids.max()}; wrong tokenizer?")
     if spec.embed_position is not None and ids.shape[1] > spec.embed_position.length:
         raise ValueError(

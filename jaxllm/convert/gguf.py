@@ -157,7 +157,7 @@ def _listed(cursor: _Cursor, file: epath.Path) -> tuple[str, Format, tuple[int, 
     if kind not in FORMATS:
         known = ", ".join(sorted(f.name for f in FORMATS.values()))
         raise ValueError(
-            f"{file}: tensor {name} has type {OTHER_NAMES.get(kind, kind)}, which is not supported; readable are {known}"
+            f"{file}: tensor {name} has type {OTHER_NAMES.get(kind, kind)}, not supported; readable are {known}"
         )
     if math.prod(shape) >= 2**63:
         raise ValueError(f"{file}: tensor {name} has shape {list(shape)}; the file is damaged, copy it again")

@@ -72,8 +72,8 @@ def check_vocab(tokenizer: Tokenizer | None, spec: Transformer, owner: str) -> N
     """ValueError unless every id of the tokenizer has a row in the embedding."""
     if tokenizer is not None and tokenizer.vocab > spec.vocab:
         raise ValueError(
-            f"{owner}: the tokenizer has {tokenizer.vocab} ids, the model's vocabulary {spec.vocab}; they do not belong "
-            "together, use the tokenizer that the model was made with"
+            f"{owner}: the tokenizer has {tokenizer.vocab} ids, the model's vocabulary {spec.vocab}; they do not "
+            "belong together, use the tokenizer that the model was made with"
         )
 
 
@@ -94,11 +94,11 @@ def save_folder(
     style: Literal["classic", "modern"] = "classic",
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write what the reference's `from_pretrained` reads, in the parameters' own dtype; quantised weights dense, in float32.
+    """Write what the reference's `from_pretrained` reads, in the parameters' own dtype.
 
-    style: "classic" writes config.json as transformers 4 does (5 reads it too), "modern" as 5 does.  shard_bytes: the
-    largest safetensors file. The folder appears when it is whole.
-    Raises ValueError when no family's config.json expresses the spec exactly, and FileExistsError for a used folder.
+    Quantised and adapted weights are written dense, in float32.  style: "classic" writes config.json as transformers 4
+    does (5 reads it too), "modern" as 5 does.  shard_bytes: the largest safetensors file. The folder appears when it is
+    whole. Raises ValueError when no family's config.json expresses the spec exactly, FileExistsError for a used folder.
     """
     folder = epath.Path(path)
     if folder.exists() and any(folder.iterdir()):

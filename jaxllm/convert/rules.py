@@ -95,7 +95,7 @@ def _bind(groups: Groups, shape: Shape, known: Mapping[str, int]) -> dict[str, i
             raise ValueError(
                 f"layout group {group} does not fit an axis of {n} with {sizes}; give `sizes` in the table"
             )
-        sizes |= {letter: n // rest for letter in unknown}
+        sizes |= dict.fromkeys(unknown, n // rest)
     return sizes
 
 

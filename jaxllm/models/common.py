@@ -26,14 +26,15 @@ Config = Mapping[str, Any]
 _BOOKKEEPING_TEXT = (
     "_name_or_path _attn_implementation _attn_implementation_autoset architectures model_type transformers_version "
     "dtype torch_dtype torchscript use_bfloat16 use_cache cache_implementation auto_map name id2label label2id "
-    "num_labels problem_type finetuning_task task_specific_params return_dict return_dict_in_generate output_attentions "
-    "output_hidden_states output_scores output_past tokenizer_class prefix sep_token_id bos_token_id eos_token_id "
-    "pad_token_id unk_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id max_length min_length "
-    "do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
-    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids suppress_tokens "
-    "begin_suppress_tokens num_return_sequences remove_invalid_values exponential_decay_length_penalty "
-    "chunk_size_feed_forward initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop "
-    "embedding_dropout gradient_checkpointing unsloth_version unsloth_fixed transformers.js_config"
+    "num_labels problem_type finetuning_task task_specific_params return_dict return_dict_in_generate "
+    "output_attentions output_hidden_states output_scores output_past tokenizer_class prefix sep_token_id "
+    "bos_token_id eos_token_id pad_token_id unk_token_id decoder_start_token_id forced_bos_token_id "
+    "forced_eos_token_id max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty "
+    "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
+    "encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens num_return_sequences "
+    "remove_invalid_values exponential_decay_length_penalty chunk_size_feed_forward initializer_range "
+    "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop embedding_dropout gradient_checkpointing "
+    "unsloth_version unsloth_fixed transformers.js_config"
 )
 _BOOKKEEPING = frozenset(_BOOKKEEPING_TEXT.split())
 """Fields that cannot change a logit of a trained decoder: names, ids, generation defaults, dropout, initialisation."""
@@ -66,7 +67,10 @@ class Fields:
 
 
 def read_fields(config: Config, fields: Fields) -> dict[str, Any]:
-    """The values of `fields.read`, and the model type. Any field that is not known, or has an unsupported value, is refused by name."""
+    """The values of `fields.read`, and the model type.
+
+    Any field that is not known, or has an unsupported value, is refused by name.
+    """
     family = config.get("model_type")
     only = _PLAIN | dict(fields.only)
     for name, value in config.items():
@@ -116,7 +120,7 @@ def modern(config: Config) -> dict[str, Any]:
 
 
 def classic(config: Config) -> dict[str, Any]:
-    """The config in the style of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`), which 5 reads as well."""
+    """The config as transformers 4 writes it (`rope_theta`, `rope_scaling`, `torch_dtype`), which 5 reads as well."""
     out = dict(config)
     if "dtype" in out:
         out["torch_dtype"] = out.pop("dtype")
@@ -216,7 +220,7 @@ def activation_to(act: Activation) -> str:
 
 
 def stacks_of(blocks: Sequence[Block]) -> tuple[Stack, ...]:
-    """Stacks that run these layers in order: the shortest repeating pattern and what it leaves over, or runs of equals."""
+    """Stacks that run these layers in order: the shortest repeating pattern and its rest, or runs of equals."""
     layers = tuple(blocks)
     for period in range(1, len(layers) // 2 + 1):
         if layers[period:] == layers[:-period]:
@@ -297,7 +301,7 @@ def layer_patterns(types: Sequence[str] | None, window: int | None, default: Seq
 
 
 def window_fields(patterns: Sequence[Pattern]) -> dict[str, Any]:
-    """`sliding_window` and `layer_types` of layers that are full or have one window; the inverse of `layer_patterns`."""
+    """`sliding_window` and `layer_types` of layers that are full or share a window; inverse of `layer_patterns`."""
     windows = {pattern.window for pattern in patterns if isinstance(pattern, Local)}
     types = ["sliding_attention" if isinstance(pattern, Local) else "full_attention" for pattern in patterns]
     return {"sliding_window": min(windows, default=None), "layer_types": types}

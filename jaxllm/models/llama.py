@@ -1,4 +1,4 @@
-"""LLaMA and its kin: pre-norm, RMSNorm, rotary, grouped queries, SwiGLU. Also SmolLM2, Yi; Qwen2's and Mistral's base."""
+"""LLaMA and its kin: pre-norm, RMSNorm, rotary, grouped queries, SwiGLU. Also SmolLM2, Yi; the base of others."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_f
 
 def llama(
     name: str,
-    shape: tuple[int, int, int, int, int],
-    vocab: int,
-    hidden: int,
+    shape: tuple[int, int, int, int, int, int, int],
     *,
     theta: float = 10_000.0,
     scaling: Scaling | None = None,
@@ -23,8 +21,8 @@ def llama(
     tied: bool = False,
     qkv_bias: bool = False,
 ) -> Transformer:
-    """shape: (layers, dim, heads, kv_heads, head_dim)."""
-    layers, dim, heads, kv_heads, head_dim = shape
+    """shape: (layers, dim, heads, kv_heads, head_dim, vocab, hidden)."""
+    layers, dim, heads, kv_heads, head_dim, vocab, hidden = shape
     attn = GQA(heads, kv_heads, head_dim, position=Rope(theta, scaling=scaling), qkv_bias=qkv_bias)
     block = Block(attn, GLU(hidden, "silu"), RMSNorm(eps))
     return Transformer(vocab, dim, decoder(block, layers=layers), RMSNorm(eps), context, tied=tied, name=name)
@@ -32,33 +30,31 @@ def llama(
 
 def llama2_7b() -> Transformer:
     """6,738,415,616 parameters (Touvron et al. 2023b)."""
-    return llama("llama2_7b", (32, 4096, 32, 32, 128), 32_000, 11_008)
+    return llama("llama2_7b", (32, 4096, 32, 32, 128, 32_000, 11_008))
 
 
 def llama3_8b() -> Transformer:
     """8,030,261,248 parameters (Grattafiori et al. 2024), Llama 3 with a context of 8,192."""
-    return llama("llama3_8b", (32, 4096, 32, 8, 128), 128_256, 14_336, theta=500_000.0, context=8192)
+    return llama("llama3_8b", (32, 4096, 32, 8, 128, 128_256, 14_336), theta=500_000.0, context=8192)
 
 
 def llama31_8b() -> Transformer:
     """Llama 3 8B with Llama 3.1's frequencies, for a context of 131,072."""
     return llama(
-        "llama31_8b", (32, 4096, 32, 8, 128), 128_256, 14_336, theta=500_000.0, scaling=Llama3(8.0), context=131_072
+        "llama31_8b", (32, 4096, 32, 8, 128, 128_256, 14_336), theta=500_000.0, scaling=Llama3(8.0), context=131_072
     )
 
 
 def llama3_70b() -> Transformer:
     """70,553,706,496 parameters."""
-    return llama("llama3_70b", (80, 8192, 64, 8, 128), 128_256, 28_672, theta=500_000.0, context=8192)
+    return llama("llama3_70b", (80, 8192, 64, 8, 128, 128_256, 28_672), theta=500_000.0, context=8192)
 
 
 def llama32_1b() -> Transformer:
     """1,235,814,400 parameters, tied."""
     return llama(
         "llama32_1b",
-        (16, 2048, 32, 8, 64),
-        128_256,
-        8192,
+        (16, 2048, 32, 8, 64, 128_256, 8192),
         theta=500_000.0,
         scaling=Llama3(32.0),
         context=131_072,
@@ -68,13 +64,13 @@ def llama32_1b() -> Transformer:
 
 def smollm2_135m() -> Transformer:
     """134,515,008 parameters, tied (Allal et al. 2025)."""
-    return llama("smollm2_135m", (30, 576, 9, 3, 64), 49_152, 1536, theta=100_000.0, context=8192, tied=True)
+    return llama("smollm2_135m", (30, 576, 9, 3, 64, 49_152, 1536), theta=100_000.0, context=8192, tied=True)
 
 
 def qwen2_05b() -> Transformer:
     """494,032,768 parameters, tied, with q/k/v biases (Yang et al. 2024)."""
     return llama(
-        "qwen2_05b", (24, 896, 14, 2, 64), 151_936, 4864, theta=1e6, eps=1e-6, context=32_768, tied=True, qkv_bias=True
+        "qwen2_05b", (24, 896, 14, 2, 64, 151_936, 4864), theta=1e6, eps=1e-6, context=32_768, tied=True, qkv_bias=True
     )
 
 

@@ -258,7 +258,7 @@ def test_untied_head_that_is_absent(copy):
 
 
 def test_tied_head_that_differs(copy):
-    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight.*tie_word_embeddings"):
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight.*tie_word_embeddings"):
         load_folder(copy("llama_gqa", tie_word_embeddings=True))
 
 
@@ -270,7 +270,7 @@ def test_tied_head_stored_twice_is_read(copy):
 
 
 def test_config_that_is_absent_or_no_object(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
         load_folder(tmp_path)
     for text in ("[1]", "{", ""):
         (tmp_path / "config.json").write_text(text)
@@ -299,7 +299,7 @@ def test_saving_refuses_a_used_folder_and_a_foreign_spec(tmp_path):
 def test_a_failed_save_leaves_nothing(tmp_path):
     spec, params, _ = load_folder(GOLDENS / "llama_gqa")
     params["norm"] = {"scale": params["norm"]["scale"][:5]}
-    with pytest.raises(ValueError, match="model.norm.weight"):
+    with pytest.raises(ValueError, match=r"model.norm.weight"):
         save_folder(tmp_path / "out", spec, params)
     assert list(tmp_path.iterdir()) == []
 

@@ -110,7 +110,7 @@ def test_import_then_export_gives_the_same_bits():
 def test_a_table_must_carry_every_parameter_once():
     with pytest.raises(ValueError, match="embed/tokens"):
         rules.wanted(TABLE[1:], _tree())
-    with pytest.raises(ValueError, match="once.*experts"):
+    with pytest.raises(ValueError, match=r"once.*experts"):
         rules.wanted([*TABLE, TABLE[1]], _tree())
     with pytest.raises(ValueError, match="counts"):
         rules.wanted([TABLE[0], dataclasses.replace(TABLE[1], each=(range(3), range(3)))], _tree())
@@ -183,7 +183,7 @@ from jaxllm.models.llama import llama
 from jaxllm.sharding import Layout, make_mesh, storage_shardings
 from jaxllm.transformer import transformer_params
 
-spec, folder = llama("big", (4, 1024, 8, 4, 128), 16_000, 4096, tied=True), sys.argv[1]
+spec, folder = llama("big", (4, 1024, 8, 4, 128, 16_000, 4096), tied=True), sys.argv[1]
 layout = Layout(tensor=2, zero=3)
 mesh, tree = make_mesh(layout), transformer_params(spec)
 shardings = storage_shardings(tree, layout, mesh)
@@ -201,7 +201,7 @@ print((used - sum(sizes)) / max(sizes))
 
 def test_streaming_holds_one_tensor_beside_the_shards(tmp_path):
     """Peak host memory of a load into 8 devices <= the local shards + 1.3 x the largest tensor."""
-    spec = llama("big", (4, 1024, 8, 4, 128), 16_000, 4096, tied=True)
+    spec = llama("big", (4, 1024, 8, 4, 128, 16_000, 4096), tied=True)
     family, config = family_of_spec(spec)
     want = rules.wanted(family.names(spec), transformer_params(spec))
     rng = np.random.default_rng(0)
@@ -209,6 +209,8 @@ def test_streaming_holds_one_tensor_beside_the_shards(tmp_path):
     write_folder(epath.Path(tmp_path), want, tensors, np.dtype(np.float32), 10**8)
     (tmp_path / "config.json").write_text(json.dumps(config))
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", STREAM, str(tmp_path)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STREAM, str(tmp_path)], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) <= 1.3

@@ -94,19 +94,19 @@ def test_shape_that_does_not_fill_its_bytes(single):
 
 def test_unreadable_dtype_names_tensor_and_dtype(tmp_path):
     save_file({"w": np.zeros((2, 2), np.int8)}, tmp_path / SINGLE)
-    with pytest.raises(ValueError, match="w has dtype I8.*BF16"):
+    with pytest.raises(ValueError, match=r"w has dtype I8.*BF16"):
         open_folder(tmp_path).read("w")
 
 
 def test_absent_shard_is_named(sharded):
     (sharded / "two.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="two.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"two.safetensors"):
         open_folder(sharded)
 
 
 def test_tensor_in_two_shards(sharded):
     save_file({"a": TENSORS["a"], "b": TENSORS["b"]}, sharded / "one.safetensors")
-    with pytest.raises(ValueError, match="b is in both one.safetensors and two.safetensors"):
+    with pytest.raises(ValueError, match=r"b is in both one.safetensors and two.safetensors"):
         open_folder(sharded)
 
 
@@ -114,11 +114,11 @@ def test_index_that_names_the_wrong_shard(sharded):
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"] |= {"a": "two.safetensors", "z": "one.safetensors"}
     (sharded / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="a must be in two.safetensors, found in one.safetensors"):
+    with pytest.raises(ValueError, match=r"a must be in two.safetensors, found in one.safetensors"):
         open_folder(sharded)
     index["weight_map"]["a"] = "one.safetensors"
     (sharded / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="z must be in one.safetensors, found in no shard"):
+    with pytest.raises(ValueError, match=r"z must be in one.safetensors, found in no shard"):
         open_folder(sharded)
 
 
@@ -130,5 +130,5 @@ def test_broken_index(sharded):
 
 def test_pickled_weights_are_refused_by_name(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match="pytorch_model.bin.*Save pickled weights"):
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin.*Save pickled weights"):
         open_folder(tmp_path)
