@@ -90,7 +90,7 @@ def commit(caches: Caches, rows: Any, start_B: Int[Array, " B"], count_B: Int[Ar
         size, length = cache.slot_BS.shape[1], new.segment_BT.shape[1]
         if size == 0:
             return cache
-        i_T = jnp.arange(length)
+        i_T = jnp.arange(length)[None]
         slot_BT = start_B[:, None] + i_T
         keep = i_T < count_B[:, None]
         if cache.ring:

@@ -82,7 +82,12 @@ def project(x: Float[Array, "..."], w: Weight, equation: str, bias: Array | None
     the result lacks are contracted.  bias: shaped as the trailing axes of the result.
     """
     y = _project(x, w, equation)
-    return y if bias is None else y + bias.astype(y.dtype)
+    return y if bias is None else y + leading(bias, y.ndim).astype(y.dtype)
+
+
+def leading(x: Array, ndim: int) -> Array:
+    """x with leading axes of size 1 up to `ndim`: broadcasting by name of rank, never by accident."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
 def _project(x: Array, w: Weight, equation: str) -> Array:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -84,18 +85,18 @@ class Output:
 
 @struct.dataclass
 class Batch:
-    """A training batch. Arrays are [B, T] int32 but for the weights.
+    """A training batch. Arrays are [B, T] int32 but for the weights; numpy on the host, jax on devices.
 
     tokens_BT: inputs.  target_BT: the id to predict at each place.  weight_BT: float32, 0 where no loss is taken.
     segment_BT: 0 = padding.  position_BT: restarts at 0 in each segment.  channel_BT: index into the source's channels.
     """
 
-    tokens_BT: Int[Array, "B T"]
-    target_BT: Int[Array, "B T"]
-    weight_BT: Float[Array, "B T"]
-    segment_BT: Int[Array, "B T"]
-    position_BT: Int[Array, "B T"]
-    channel_BT: Int[Array, "B T"]
+    tokens_BT: Int[Array | np.ndarray, "B T"]
+    target_BT: Int[Array | np.ndarray, "B T"]
+    weight_BT: Float[Array | np.ndarray, "B T"]
+    segment_BT: Int[Array | np.ndarray, "B T"]
+    position_BT: Int[Array | np.ndarray, "B T"]
+    channel_BT: Int[Array | np.ndarray, "B T"]
 
 
 @struct.dataclass

@@ -229,5 +229,5 @@ def logits(params: Any, spec: Transformer, hidden_BTD: Float[Array, "B T D"], ru
     kernel = use({"w": declared}, {"w": head(params, spec)}, runtime.layout, runtime.compute_dtype)["w"]
     out = project(hidden_BTD, kernel, "BTD,VD->BTV").astype(jnp.float32)
     if spec.head_bias:
-        out = out + params["head"]["bias"].astype(jnp.float32)
+        out = out + params["head"]["bias"].astype(jnp.float32)[None, None]
     return out if spec.logit_softcap is None else spec.logit_softcap * jnp.tanh(out / spec.logit_softcap)

@@ -1,0 +1,1 @@
+"""Attention: one op, and those who compute it."""

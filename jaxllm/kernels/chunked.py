@@ -100,7 +100,7 @@ def _cut_names(at: Names, block_q: int, block_k: int) -> Names:
 
 
 def _lists(pattern: config.Pattern, mask: Mask, T: int, S: int, block_q: int, block_k: int) -> tuple[Any, ...]:
-    """The block lists to scan, without the empty ones. With slots as arrays nothing is known and all blocks are mixed."""
+    """The block lists to scan. With slots as arrays nothing is known, and all blocks are mixed."""
     table = kinds(pattern, T, S, block_q, block_k)
     if mask.q_slot_BT is not None or mask.k_slot_BS is not None:
         table = np.full_like(table, Kind.MIXED)

@@ -5,7 +5,7 @@ of a few *variants*, each a list of its tiles that are not empty, so that a bloc
 it, and only tiles that the diagonal crosses pay for a predicate. A block that the pattern fills is computed plainly.
 
 Run time chooses a variant per (row of the batch, visit): it skips blocks whose segments cannot meet, and computes
-plainly those that one segment fills. A skipped visit asks for the key block that is already there, so nothing is loaded.
+plainly those that one segment fills. A skipped visit asks for the key block that is already there: nothing is loaded.
 """
 
 from __future__ import annotations
@@ -150,9 +150,9 @@ def _listed(table: Int[np.ndarray, "rq rk"], arrays: bool = False) -> tuple[tupl
 
 
 def choose(plan: Schedule, shape: Shape, at: Names | None) -> tuple[Int[Array, "_ n"], Int[Array, "_ n"]]:
-    """(code, fetch) per batch row and visit: 4 * variant + edge, and the key block to have loaded. One row if all alike.
+    """(code, fetch) per batch row and visit: 4 * variant + edge, and the key block to have loaded.
 
-    at: segments padded with 0 to whole blocks and prefixes; None when the mask has no arrays.
+    at: segments padded with 0 to whole blocks and prefixes; None when the mask has no arrays: then one row serves all.
     """
     visits = plan.visits
     if at is None:

@@ -1,7 +1,7 @@
 """Block and tile sizes of the TPU kernels, by chip and shape: a small table, found with the compiler.
 
-`benchmarks/attention_blocks.py` regenerates the evidence. The chip is that of the mesh in the context (so that compiling
-ahead of time for another chip works), else of the default device; an unknown one gets the sizes of the smallest.
+`benchmarks/attention_blocks.py` regenerates the evidence. The chip is that of the mesh in the context (so that
+compiling ahead of time for another chip works), else of the default device; an unknown one gets the smallest's sizes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def chip() -> Chip:
 def sizes(T: int, S: int, H: int, dtype: jnp.dtype) -> Sizes:
     """Sizes for lengths T, S and head width H."""
     here, width, item = chip(), -(-H // 128) * 128, jnp.dtype(dtype).itemsize
-    most = LARGEST_BLOCK if width * item <= 256 or here.vmem > 16 * MIB else LARGEST_BLOCK // 2
+    most = LARGEST_BLOCK if item == 2 and (width == 128 or here.vmem > 16 * MIB) else LARGEST_BLOCK // 2
     block_q, block_k = even(T, most), even(S, most)
     per_key = width * (2 * 4 + 2 * 2 * item)  # dk, dv: float32 sums, and results in two buffers each
     span = max(here.vmem * 3 // 8 // per_key // block_k, 1) * block_k

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxllm.config import LayerNorm, Norm, RMSNorm
+from jaxllm.leaves import leading
 from jaxllm.params import Constant, Param, ParamTree
 
 
@@ -29,13 +30,13 @@ def norm(p: Any, cfg: Norm, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     x32 = x.astype(jnp.float32)
     match cfg:
         case RMSNorm(eps, offset):
-            scale = p["scale"].astype(jnp.float32) + (1.0 if offset else 0.0)
+            scale = leading(p["scale"], x.ndim).astype(jnp.float32) + (1.0 if offset else 0.0)
             y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps) * scale
         case LayerNorm(eps, bias):
             centred = x32 - jnp.mean(x32, -1, keepdims=True)
             y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
-            y = y * p["scale"].astype(jnp.float32)
-            y = y + p["bias"].astype(jnp.float32) if bias else y
+            y = y * leading(p["scale"], x.ndim).astype(jnp.float32)
+            y = y + leading(p["bias"], x.ndim).astype(jnp.float32) if bias else y
         case other:
             assert_never(other)
     return y.astype(x.dtype)

@@ -51,7 +51,7 @@ def rotations(spec: Transformer, position_BT: Int[Array, "B T"]) -> Rotations:
         for block in stack.pattern:
             rope, head_dim = block.attn.position, block.attn.head_dim
             if rope is not None and (rope, head_dim) not in found:
-                inv = jnp.asarray(frequencies(rope, head_dim), jnp.float32)
+                inv = jnp.asarray(frequencies(rope, head_dim), jnp.float32)[None, None]
                 angle = position_BT[..., None].astype(jnp.float32) * inv
                 found[rope, head_dim] = Rotation(jnp.cos(angle), jnp.sin(angle))
     return found

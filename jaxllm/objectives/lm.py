@@ -34,7 +34,7 @@ def lm_loss(
     aux: weight [], and by channel of the token [channels]: channel_nll, channel_weight (sums).
     """
     weighted_BT = nll(params, spec, batch, runtime) * batch.weight_BT
-    of_channel = batch.channel_BT[..., None] == jnp.arange(channels)
+    of_channel = batch.channel_BT[..., None] == jnp.arange(channels)[None, None]
     weight = batch.weight_BT.sum()
     aux = {
         "weight": weight,

@@ -40,10 +40,11 @@ def token_logprobs(
     @jax.checkpoint
     def one(carry: tuple[Array, Array], chunk: Any) -> tuple[tuple[Array, Array], None]:
         weight, column, bias = chunk
+        column = column[None, None]
         ready = use({"w": declared}, {"w": weight}, runtime.layout, runtime.compute_dtype)["w"]
         logits = project(hidden32_BTD.astype(runtime.compute_dtype), ready, "BTD,VD->BTV").astype(jnp.float32)
         logits = constrain(logits, ("batch", None, "vocab"), runtime.layout)
-        logits = logits if bias is None else logits + bias.astype(jnp.float32)
+        logits = logits if bias is None else logits + bias.astype(jnp.float32)[None, None]
         if spec.logit_softcap is not None:
             logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
         logits = jnp.where(column < spec.vocab, logits, -jnp.inf) if rows > spec.vocab else logits

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from jaxllm.experiment import Experiment, saved
 from jaxllm.objectives.lm import lm_loss
-from jaxllm.sharding import make_mesh
+from jaxllm.sharding import Layout, make_mesh
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.step import abstract_batch, abstract_state, make_step
 from jaxllm.transformer import transformer_params
@@ -55,7 +55,7 @@ def compile_job(job: Path) -> dict[str, Any]:
     write(job / "phase", "naming the chips")
     chips = topologies.get_topology_desc(platform="tpu", topology_name=wanted["topology"]).devices
     write(job / "phase", "tracing the step")
-    lowered = lower(exp, make_mesh(exp.runtime.layout, chips))
+    lowered = lower(exp, make_mesh(exp.runtime.layout or Layout(), chips))
     write(job / "phase", "compiling")
     start, cpu = time.monotonic(), time.process_time()
     compiled = lowered.compile()

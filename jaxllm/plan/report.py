@@ -38,8 +38,8 @@ def plan(exp: Experiment, topology: str, *, time_out: float = TIME_OUT, console:
     target = parse(topology)
     require_compiler()
     ready = prepare(exp, target)
-    console = Console(stderr=True) if console is None else console
-    with console.status("starting the compiler") as status:
+    shown = Console(stderr=True) if console is None else console
+    with shown.status("starting the compiler") as status:
 
         def show(phase: str, elapsed: float) -> None:
             status.update(f"{phase} for {target.name}, {elapsed:.0f} s (an 8B model takes 1 to 3 minutes)")

@@ -1,14 +1,13 @@
 """A directory of checkpoints: which count, which is taken, which go, and whether there is room for one more.
 
-    <directory>/checkpoints.json     says that the directory is ours, so that leftovers in it may be deleted
-    <directory>/<step>/              one checkpoint, sealed by its manifest.json
+    <directory>/jaxllm_checkpoints.txt   says that the directory is ours, so that leftovers in it may be deleted
+    <directory>/<step>/                  one checkpoint, sealed by its manifest.json
 
 Only process 0 calls what writes here.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -19,7 +18,7 @@ from etils import epath
 
 from jaxllm.train import manifest
 
-_MARK = "checkpoints.json"
+_MARK = "jaxllm_checkpoints.txt"
 _HEADROOM = 1.1
 _log = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def claim(directory: epath.Path) -> None:
     """Make a directory ours, or check that it is, and clean it. Raises ValueError when it is not."""
     check_ours(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / _MARK).write_text(json.dumps({"format": 1}))
+    (directory / _MARK).write_text("Checkpoints of jaxllm: one directory per step, whole once it has a manifest.json\n")
     clean(directory)
 
 
@@ -132,9 +131,9 @@ def failure(directory: epath.Path, step: int, size: int, reason: str) -> str:
     free = _free(directory)
     room = "free space there is not known" if free is None else f"{_mib(free)} are free there"
     return (
-        f"the checkpoint of step {step} could not be written to {directory}: {reason}. The state takes {_mib(size)}, {room}. "
-        f"Earlier checkpoints (steps {steps(directory)}) are untouched: make room, lower checkpoint.keep or choose another "
-        "disk, and run the same command again"
+        f"the checkpoint of step {step} could not be written to {directory}: {reason}. The state takes {_mib(size)}, "
+        f"{room}. Earlier checkpoints (steps {steps(directory)}) are untouched: make room, lower checkpoint.keep or "
+        "choose another disk, and run the same command again"
     )
 
 

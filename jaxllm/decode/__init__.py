@@ -1,0 +1,1 @@
+"""Decoding: logits rules, sampling, streaming, chat."""

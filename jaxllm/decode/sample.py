@@ -1,0 +1,305 @@
+"""Generating tokens: one jitted program of prefill, then a loop of `forward`, choose, `commit` until all rows are done.
+
+Rows are aligned at slot 0 and padded at the end, so that slot = position for every real token, whatever the lengths of
+the other prompts; padding is segment 0 and is never committed. A row's randomness is fold_in(its seed, its own step):
+batch mates, buckets and chunks cannot change what it says.
+
+Unusual: a step commits its rows after it has chosen the next token, and not for rows that this token ends. So the write
+depends on everything that reads the cache, which lets XLA update it in place; written before, the CPU backend copies
+the whole cache four times per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from jaxllm import cache, params as trees
+from jaxllm.cache import Caches
+from jaxllm.config import Transformer
+from jaxllm.decode.rules import GREEDY, Past, Sampling
+from jaxllm.records import Inputs, Output, Params
+from jaxllm.runtime import Runtime
+from jaxllm.sharding import constrain, use
+from jaxllm.transformer import forward, logits, transformer_params
+
+CHUNK = 1024  # prompt tokens fed at once; a longer prompt goes through in a loop, since its rows are as large as its cache
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is static in a decoding program: one compilation per value and shape.
+
+    size: slots per row, prompt and answer.  ring: whether windowed layers keep only their window (then nothing can be
+    taken back).  eos: ids that end a row.
+    """
+
+    spec: Transformer
+    runtime: Runtime
+    sampling: Sampling
+    eos: tuple[int, ...]
+    size: int
+    ring: bool = True
+
+
+@struct.dataclass
+class Feed:
+    """Tokens to put through the model. new_BT: int32, the first count_B[b] are real, at slots start_B[b] onwards."""
+
+    new_BT: Int[Array, "B T"]
+    start_B: Int[Array, " B"]
+    count_B: Int[Array, " B"]
+
+
+@struct.dataclass
+class State:
+    """A batch in the middle of decoding.
+
+    past: all tokens of each row; the last one is not yet in the caches.  cached_B: slots that are.
+    logprob_BS: float32, of each token of `past` that was generated, under the model before any rule; 0 for the prompt.
+    rules: the state of the logits rules.  key_B: one random key per row.  limit_B: length at which a row ends.
+    """
+
+    caches: Caches
+    past: Past
+    cached_B: Int[Array, " B"]
+    logprob_BS: Float[Array, "B S"]
+    rules: Any
+    key_B: Array
+    limit_B: Int[Array, " B"]
+    done_B: Array
+
+
+@struct.dataclass
+class Generation:
+    """tokens_BT: int32 [B, max_new_tokens], the first length_B[b] are real (a final eos included), the rest 0.
+
+    logprob_BT: float32, log-probability in nats of each token under the model, before any rule; 0 past the length.
+    """
+
+    tokens_BT: Int[Array, "B T"]
+    length_B: Int[Array, " B"]
+    logprob_BT: Float[Array, "B T"]
+
+    def ids(self) -> list[list[int]]:
+        """Each row's new tokens, a final eos included."""
+        tokens, lengths = jax.device_get((self.tokens_BT, self.length_B))
+        return [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------- the public verbs
+
+
+def prepare(params: Params, spec: Transformer, runtime: Runtime) -> Params:
+    """The same weights, laid out once for decoding: in the compute dtype and, on a CPU, every layer on its own.
+
+    Optional, and idempotent. Costs one copy of the weights, and saves casting (and on CPU copying) them at every token.
+    """
+    if runtime.layout is not None:
+        return params
+    ready = use(transformer_params(spec), params, None, runtime.compute_dtype) if not _listed(params) else params
+    return trees.unstack(ready) if jax.default_backend() == "cpu" and not _listed(params) else ready
+
+
+def generate(
+    spec: Transformer,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+    seeds: int | Sequence[int] = 0,
+    eos: Sequence[int] = (),
+    runtime: Runtime = Runtime(),
+) -> Generation:
+    """Continue every prompt (lists of ids, of any lengths) by up to `max_new_tokens`, ending a row at any id of `eos`.
+
+    seeds: one per row, or a number s for s, s + 1, ...  The same seed and prompt give the same row in any batch.
+    Lengths are padded to buckets, so that calls of like size share a compilation.
+    Raises ValueError for an empty prompt, an id outside the vocabulary, or more tokens than `spec.context`.
+    """
+    check(spec, prompts, max_new_tokens)
+    longest = max(map(len, prompts))
+    program = Program(spec, runtime, sampling, tuple(eos), bucket(longest + max_new_tokens))
+    state = _generate(program, params, *_start(program, prompts, bucket(longest), seeds, max_new_tokens))
+    return _collect(state, max_new_tokens)
+
+
+def check(spec: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """ValueError unless these prompts and their answers fit the model."""
+    if not prompts or max_new_tokens < 1:
+        raise ValueError(f"generate: wants prompts and max_new_tokens >= 1, got {len(prompts)} and {max_new_tokens}")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"generate: prompt {i} has no tokens; start it with the tokenizer's bos id or some text")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= spec.vocab:
+            raise ValueError(
+                f"generate: prompt {i} has ids {low}..{high}, but the vocabulary has 0..{spec.vocab - 1}; "
+                "does this tokenizer belong to the model?"
+            )
+        if len(prompt) + max_new_tokens > spec.context:
+            raise ValueError(
+                f"generate: prompt {i} has {len(prompt)} tokens, and with max_new_tokens={max_new_tokens} exceeds the "
+                f"model's context of {spec.context}; shorten the prompt or ask for {spec.context - len(prompt)} at most"
+            )
+
+
+def bucket(n: int, least: int = 16) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96 ... that holds n: at most half as much again."""
+    size = least
+    while size < n:
+        size *= 2
+    return size * 3 // 4 if size > least and size * 3 // 4 >= n else size
+
+
+# ---------------------------------------------------------------------------------------------------- the programs
+
+
+def pad(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B S"]:
+    """Rows of ids as one int32 array, 0 past their ends."""
+    out = np.zeros((len(rows), width), np.int32)
+    for b, row in enumerate(rows):
+        out[b, : len(row)] = row
+    return out
+
+
+def _start(
+    program: Program, prompts: Sequence[Sequence[int]], width: int, seeds: int | Sequence[int], new: int
+) -> tuple[Feed, Past, Any, Any]:
+    batch = len(prompts)
+    rows = np.arange(seeds, seeds + batch) if isinstance(seeds, int) else np.asarray(seeds)
+    if rows.shape != (batch,):
+        raise ValueError(f"generate: wants one seed per prompt, got {rows.size} seeds for {batch} prompts")
+    length_B = np.array([len(p) for p in prompts], np.int32)
+    width = width if width <= CHUNK else -(-width // CHUNK) * CHUNK
+    feed = Feed(pad(prompts, width), np.zeros_like(length_B), length_B)
+    return feed, Past(pad(prompts, program.size), length_B, length_B), rows.astype(np.uint32), length_B + np.int32(new)
+
+
+def empty(program: Program, batch: int) -> Caches:
+    """Caches for `program.size` slots, laid out as the runtime says."""
+    runtime = program.runtime
+    caches = cache.init(program.spec, batch, program.size, runtime.compute_dtype, program.ring)
+    place = partial(constrain, axes=(None, "batch", "kv_heads", None, None), layout=runtime.layout)
+    return tuple(tuple(c.replace(k=place(c.k), v=place(c.v)) for c in stack) for stack in caches)
+
+
+def run(program: Program, params: Params, caches: Caches, feed: Feed, fresh: bool = False) -> tuple[Array, Output]:
+    """One forward of new tokens: hidden state of each row's last real one [B, D], and the output with its rows.
+
+    fresh: nothing is cached and rows start at slot 0, which keeps the slots static: kernels can skip blocks.
+    """
+    i_1T = jnp.arange(feed.new_BT.shape[1])[None]
+    real_BT = i_1T < feed.count_B[:, None]
+    slot_BT = feed.start_B[:, None] + i_1T
+    position_BT = jnp.where(real_BT, slot_BT, 0)  # padding has no place: past a learned table it would read NaN
+    given = Inputs(
+        feed.new_BT, position_BT, slot_BT=None if fresh else slot_BT, segment_BT=real_BT.astype(jnp.int32)
+    )
+    runtime = program.runtime
+    held = cache.init(program.spec, feed.new_BT.shape[0], 0, runtime.compute_dtype) if fresh else caches
+    out = forward(params, program.spec, given, runtime, held)
+    last_B = jnp.maximum(feed.count_B - 1, 0)
+    return jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], 1)[:, 0], out
+
+
+def fill(program: Program, params: Params, caches: Caches, feed: Feed, fresh: bool) -> tuple[Array, Caches]:
+    """Put a prompt of any length into the caches, CHUNK tokens at a time; the last hidden state of each row [B, D]."""
+    B, T = feed.new_BT.shape
+    width = min(T, CHUNK)
+
+    def chunk(i: Any, carry: tuple[Array, Caches], fresh: bool = False) -> tuple[Array, Caches]:
+        hidden_BD, caches = carry
+        count_B = jnp.clip(feed.count_B - i * width, 0, width)
+        part = Feed(jax.lax.dynamic_slice_in_dim(feed.new_BT, i * width, width, 1), feed.start_B + i * width, count_B)
+        last_BD, out = run(program, params, caches, part, fresh)
+        caches = cache.commit(caches, out.rows, part.start_B, count_B)
+        return jnp.where((count_B > 0)[:, None], last_BD, hidden_BD), caches
+
+    carry = jnp.zeros((B, program.spec.dim), program.runtime.compute_dtype), caches
+    carry = chunk(0, carry, fresh)
+    return carry if T == width else jax.lax.fori_loop(1, T // width, chunk, carry)
+
+
+def begin(
+    program: Program, params: Params, caches: Caches | None, feed: Feed, past: Past, seed_B: Array, limit_B: Array
+) -> State:
+    """Feed what the caches (None: empty) lack of the prompts, and choose the first new token of each row."""
+    fresh = caches is None
+    batch = feed.new_BT.shape[0]
+    hidden_BD, caches = fill(program, params, empty(program, batch) if fresh else caches, feed, fresh)
+    cached_B, zeros_BS = feed.start_B + feed.count_B, jnp.zeros(past.tokens_BS.shape, jnp.float32)
+    keys, done_B = jax.vmap(jax.random.key)(seed_B), jnp.zeros(batch, bool)
+    rules = program.sampling.rule.init(past)
+    state = State(caches, past, cached_B, zeros_BS, rules, keys, limit_B, done_B)
+    return choose(program, params, state, hidden_BD)
+
+
+def choose(program: Program, params: Params, state: State, hidden_BD: Float[Array, "B D"]) -> State:
+    """Draw each row's next token and append it, unless the row is done; a row ends at an eos id or at its limit."""
+    past, sampling = state.past, program.sampling
+    logits_BV = logits(params, program.spec, hidden_BD[:, None], program.runtime)[:, 0]
+    allowed_BV, rules = sampling.rule.apply(logits_BV, state.rules, past)
+    if sampling.greedy:
+        token_B = jnp.argmax(allowed_BV, -1).astype(jnp.int32)
+    else:
+        keys = jax.vmap(jax.random.fold_in)(state.key_B, past.length_B - past.prompt_B)
+        token_B = jax.vmap(jax.random.categorical)(keys, allowed_BV).astype(jnp.int32)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], 1)[:, 0]
+    logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, -1)
+    here_BS = (jnp.arange(program.size)[None] == past.length_B[:, None]) & ~state.done_B[:, None]
+    past = past.replace(
+        tokens_BS=jnp.where(here_BS, token_B[:, None], past.tokens_BS),
+        length_B=past.length_B + ~state.done_B,
+    )
+    ended_B = jnp.isin(token_B, jnp.asarray(program.eos, jnp.int32)) | (past.length_B >= state.limit_B)
+    logprob_BS = jnp.where(here_BS, logprob_B[:, None], state.logprob_BS)
+    return state.replace(past=past, rules=rules, logprob_BS=logprob_BS, done_B=state.done_B | ended_B)
+
+
+def advance(program: Program, params: Params, state: State, steps: Int[Array, ""] | int) -> State:
+    """Up to `steps` more tokens for every row that is not done; stops as soon as all are."""
+
+    def going(carry: tuple[Array, State]) -> Array:
+        return (carry[0] < steps) & ~jnp.all(carry[1].done_B)
+
+    def step(carry: tuple[Array, State]) -> tuple[Array, State]:
+        i, state = carry
+        at_B = state.past.length_B - 1
+        token_B1 = jnp.take_along_axis(state.past.tokens_BS, at_B[:, None], 1)
+        hidden_BD, out = run(program, params, state.caches, Feed(token_B1, at_B, jnp.ones_like(at_B)))
+        new = choose(program, params, state, hidden_BD)
+        count_B = (~new.done_B).astype(jnp.int32)
+        caches = cache.commit(state.caches, out.rows, at_B, count_B)
+        return i + 1, new.replace(caches=caches, cached_B=state.cached_B + count_B)
+
+    return jax.lax.while_loop(going, step, (jnp.int32(0), state))[1]
+
+
+@partial(jax.jit, static_argnums=0)
+def _generate(program: Program, params: Params, feed: Feed, past: Past, seed_B: Array, limit_B: Array) -> State:
+    state = begin(program, params, None, feed, past, seed_B, limit_B)
+    return advance(program, params, state, program.size).replace(caches=())
+
+
+@partial(jax.jit, static_argnums=1)
+def _collect(state: State, width: int) -> Generation:
+    past = state.past
+    length_B, i_1T = past.length_B - past.prompt_B, jnp.arange(width)[None]
+    at_BT = jnp.minimum(past.prompt_B[:, None] + i_1T, past.tokens_BS.shape[1] - 1)
+    real_BT = i_1T < length_B[:, None]
+    tokens_BT = jnp.where(real_BT, jnp.take_along_axis(past.tokens_BS, at_BT, 1), 0)
+    return Generation(tokens_BT, length_B, jnp.where(real_BT, jnp.take_along_axis(state.logprob_BS, at_BT, 1), 0.0))
+
+
+def _listed(params: Params) -> bool:
+    return any(isinstance(block, list) for stack in params["stacks"].values() for block in stack.values())

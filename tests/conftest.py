@@ -1,0 +1,22 @@
+"""Strict JAX for every test: 8 CPU devices, rank promotion is an error, warnings are errors (pyproject)."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import itertools
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_threefry_partitionable", True)
+
+
+@pytest.fixture
+def getkey():
+    """A function that gives another PRNG key at every call."""
+    counter = itertools.count()
+    return lambda: jax.random.fold_in(jax.random.key(1234), next(counter))

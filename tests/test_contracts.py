@@ -1,0 +1,206 @@
+"""What must hold for every architecture (docs/architecture.md, contracts)."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from architectures import SPECS, params_of, tokens
+
+from jaxllm import cache
+from jaxllm.leaves import Adapted, dense, quantise
+from jaxllm.params import map_params, unstack
+from jaxllm.records import Inputs, inputs
+from jaxllm.runtime import Runtime
+from jaxllm.transformer import forward, logits, transformer_params
+
+PLAIN = Runtime()
+every_architecture = pytest.mark.parametrize("name", SPECS)
+
+
+@partial(jax.jit, static_argnames=("name", "runtime"))
+def run(params, batch, name, runtime=PLAIN):
+    return logits(params, SPECS[name], forward(params, SPECS[name], batch, runtime).hidden_BTD, runtime)
+
+
+def close(got, want, tolerance=2e-5):
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * float(jnp.abs(want).max()))
+
+
+@every_architecture
+def test_causal_by_gradient(name, getkey):
+    spec, params, t = SPECS[name], params_of(name), 9
+    embeds = jax.random.normal(getkey(), (1, 20, spec.dim))
+
+    @jax.jit
+    @jax.grad
+    def sensitivity(embeds):
+        batch = Inputs(None, jnp.arange(20)[None], embeds_BTD=embeds)
+        out = logits(params, spec, forward(params, spec, batch, PLAIN).hidden_BTD, PLAIN)
+        return jnp.sum(jnp.square(out[:, t]))
+
+    grads = jnp.abs(sensitivity(embeds)[0]).sum(-1)
+    assert jnp.all(grads[t + 1 :] == 0.0), "a later token reaches an earlier prediction"
+    assert grads[t] > 0
+    assert grads[t - 1] > 0
+
+
+@every_architecture
+def test_cached_decoding_equals_the_full_forward(name, getkey):
+    """Ragged prompts, one token at a time, past every window; then three tokens at once of which one is accepted."""
+    spec, params = SPECS[name], params_of(name)
+    ids, B, T = tokens(getkey(), 2, 26), 2, 26
+    full = run(params, inputs(ids), name)
+    lengths = jnp.array([7, 4])
+    segment = (jnp.arange(7)[None] < lengths[:, None]).astype(jnp.int32)
+    prompt = replace(inputs(ids[:, :7]), segment_BT=segment)
+    rows = forward(params, spec, prompt, PLAIN, cache.init(spec, B, 0, jnp.float32)).rows
+    caches = cache.commit(cache.init(spec, B, T, jnp.float32), rows, jnp.zeros(B, jnp.int32), lengths)
+
+    @jax.jit
+    def step(caches, start, count, width):
+        slot = start[:, None] + jnp.arange(width.shape[0])[None]
+        ids_now = jnp.take_along_axis(ids, jnp.minimum(slot, T - 1), 1)
+        out = forward(params, spec, Inputs(ids_now, slot, slot_BT=slot), PLAIN, caches)
+        return logits(params, spec, out.hidden_BTD, PLAIN), cache.commit(caches, out.rows, start, count)
+
+    start, one = lengths, jnp.ones(B, jnp.int32)
+    for width in [1] * 12 + [3] * 6:
+        got, caches = step(caches, start, one, jnp.zeros(width))
+        for b in range(B):
+            for i in range(width):
+                if start[b] + i < T:
+                    close(got[b, i], full[b, start[b] + i])
+        start = start + 1
+
+
+@every_architecture
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_batch_mates_are_invisible(name, side, getkey):
+    params, ids = params_of(name), tokens(getkey(), 2, 18)
+    alone = run(params, inputs(ids[:1, :13]), name)[0]
+    real = np.zeros((2, 18), np.int32)
+    where = slice(5, 18) if side == "left" else slice(0, 13)
+    real[0, where], real[1] = 1, 1
+    batch = jnp.where(real > 0, 0, 3) + jnp.zeros_like(ids)
+    batch = batch.at[0, where].set(ids[0, :13]).at[1].set(ids[1])
+    got = run(params, inputs(batch, real), name)
+    close(got[0, where], alone)
+    close(got[1], run(params, inputs(ids[1:]), name)[0])
+    assert jnp.isfinite(got).all(), "padding must not make NaN"
+
+
+@every_architecture
+def test_segments_do_not_leak(name, getkey):
+    spec, params, ids = SPECS[name], params_of(name), tokens(getkey(), 1, 22)
+    parts = (slice(0, 9), slice(9, 20))
+    segment, position = np.zeros((1, 22), np.int32), np.zeros((1, 22), np.int32)
+    for i, part in enumerate(parts, 1):
+        segment[0, part], position[0, part] = i, np.arange(part.stop - part.start)
+    packed = run(params, Inputs(ids, jnp.asarray(position), segment_BT=jnp.asarray(segment)), name)
+    for part in parts:
+        close(packed[0, part], run(params, inputs(ids[:, part]), name)[0])
+    embeds = jax.random.normal(getkey(), (1, 22, spec.dim))
+
+    @jax.grad
+    def sensitivity(embeds):
+        batch = Inputs(None, jnp.asarray(position), embeds_BTD=embeds, segment_BT=jnp.asarray(segment))
+        return jnp.sum(jnp.square(forward(params, spec, batch, PLAIN).hidden_BTD[:, parts[1]]))
+
+    assert jnp.all(sensitivity(embeds)[0, parts[0]] == 0.0)
+
+
+@every_architecture
+def test_how_never_changes_what(name, getkey):
+    """Scan, unrolled, list of layers, eager, remat policies and attention backends: one function, one gradient."""
+    spec, params, ids = SPECS[name], params_of(name), tokens(getkey(), 2, 17)
+
+    @partial(jax.jit, static_argnames="runtime")
+    def value_and_grad(params, runtime):
+        def loss(params):
+            out = forward(params, spec, inputs(ids), runtime)
+            return jnp.mean(jnp.square(logits(params, spec, out.hidden_BTD, runtime)))
+
+        return jax.value_and_grad(loss)(params)
+
+    value, grad = value_and_grad(params, PLAIN)
+    close(run(unstack(params), inputs(ids), name), run(params, inputs(ids), name))
+    with jax.disable_jit():
+        close(logits(params, spec, forward(params, spec, inputs(ids), PLAIN).hidden_BTD, PLAIN), run(params, inputs(ids), name))
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad))
+    for other in [
+        Runtime(remat="full"),
+        Runtime(remat="attention", unroll=True),
+        Runtime(remat="dots", attention="reference"),
+    ]:
+        got, got_grad = value_and_grad(params, other)
+        np.testing.assert_allclose(got, value, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(got_grad), jax.tree.leaves(grad), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(float(jnp.abs(b).max()), 0.01 * largest))
+
+
+@every_architecture
+def test_bfloat16_is_near(name, getkey):
+    params, ids = params_of(name), tokens(getkey(), 2, 17)
+    close(run(params, inputs(ids), name, Runtime(compute_dtype="bfloat16")), run(params, inputs(ids), name), 0.06)
+
+
+@every_architecture
+def test_any_weight_may_be_adapted_or_quantised(name, getkey):
+    """Every kernel as int8, then as LoRA on int8, stacked: equal to the dense weights they stand for."""
+    spec, params, ids = SPECS[name], params_of(name), tokens(getkey(), 2, 9)
+    declared = transformer_params(spec)
+
+    def int8(p, w):
+        return quantise(w, tuple(range(1, w.ndim - 1))) if p.axes[0] == "layers" and w.ndim > 3 else w
+
+    def lora(p, w):
+        if p.axes[0] != "layers" or w.ndim < 3 or "head_dim" in p.axes[:2]:
+            return w
+        cut = 3 if p.axes[-1] == "embed" and w.ndim == 4 else 2
+        if p.axes[1] in ("heads", "kv_heads") and p.axes[-1] == "head_dim":
+            return w  # a bias
+        a = jax.random.normal(getkey(), (*w.shape[:cut], 2)) * 0.1
+        b = jax.random.normal(getkey(), (w.shape[0], 2, *w.shape[cut:])) * 0.1
+        return Adapted(w, a, b, jnp.full(w.shape[0], 0.5))
+
+    def flat(w):
+        def one(w):
+            return dense(w, jnp.float32)
+
+        return one(w) if isinstance(w, jax.Array) or not isinstance(w, Adapted) else jax.vmap(one)(w)
+
+    for change in (int8, lora):
+        changed = map_params(change, declared, params)
+        assert any(not isinstance(w, jax.Array) for w in jax.tree.leaves(changed, is_leaf=lambda x: isinstance(x, Adapted)))
+        equal = map_params(lambda p, w: flat(w), declared, changed)
+        close(run(changed, inputs(ids), name), run(equal, inputs(ids), name), 1e-4)
+
+
+@every_architecture
+def test_taps_are_per_layer(name, getkey):
+    spec, params, ids = SPECS[name], params_of(name), tokens(getkey(), 2, 8)
+    out = forward(params, spec, inputs(ids), Runtime(taps=("residual", "attn", "ffn")))
+    assert {k: v.shape for k, v in out.aux.taps.items()} == dict.fromkeys(
+        ("residual", "attn", "ffn"), (spec.layers, 2, 8, spec.dim)
+    )
+    again = forward(unstack(params), spec, inputs(ids), Runtime(taps=("residual", "attn", "ffn")))
+    jax.tree.map(close, again.aux.taps, out.aux.taps)
+
+
+def test_ids_outside_the_vocabulary_give_nan(getkey):
+    name = "toy_gpt2_small"
+    assert jnp.isnan(run(params_of(name), inputs(jnp.array([[1, 97]])), name)[0, 1]).all()
+
+
+def test_prefix_tokens_see_each_other(getkey):
+    name = next(iter(SPECS))
+    params, ids = params_of(name), tokens(getkey(), 1, 12)
+    prefix = jnp.array([6])
+    out = run(params, inputs(ids, prefix_B=prefix), name)
+    changed = run(params, inputs(ids.at[0, 5].add(1), prefix_B=prefix), name)
+    assert jnp.abs(changed[0, 0] - out[0, 0]).max() > 1e-4, "inside the prefix an earlier token sees a later one"
+    after = run(params, inputs(ids.at[0, 8].add(1), prefix_B=prefix), name)
+    close(after[0, :8], out[0, :8], 1e-7)
