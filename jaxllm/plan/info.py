@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jax.sharding import PartitionSpec
+
 from jaxllm.cache import window
 from jaxllm.config import GLU, MLP, Block, Transformer
 from jaxllm.experiment import Experiment
@@ -95,7 +97,7 @@ def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     }
 
 
-def _ways(spec: tuple[tuple[str, ...] | str | None, ...], sizes: Mapping[str, int]) -> int:
+def _ways(spec: PartitionSpec, sizes: Mapping[str, int]) -> int:
     names = [name for axes in spec for name in ((axes,) if isinstance(axes, str) else axes or ())]
     return math.prod(sizes[name] for name in names)
 
