@@ -21,8 +21,8 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 PARTS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
@@ -159,7 +159,9 @@ def test_tied_heads_and_biases_are_told_by_their_tensors(tmp_path):
     attn = params["stacks"]["0"]["0"]["attn"]
     assert spec.tied
     assert "bias" not in attn["o"]
-    np.testing.assert_array_equal(interleave(np.asarray(attn["k"]["bias"][2]).reshape(-1), KV_HEADS), tensors["blk.2.attn_k.bias"])
+    np.testing.assert_array_equal(
+        interleave(np.asarray(attn["k"]["bias"][2]).reshape(-1), KV_HEADS), tensors["blk.2.attn_k.bias"]
+    )
 
 
 def divisors(scaling, theta=10_000.0):
@@ -169,7 +171,12 @@ def divisors(scaling, theta=10_000.0):
 
 def test_rope_settings(tmp_path):
     tensors = tensors_of("llama_gqa")
-    path = write(tmp_path / "linear.gguf", tensors, add_rope_scaling_type=gguf.RopeScalingType.LINEAR, add_rope_scaling_factor=4.0)
+    path = write(
+        tmp_path / "linear.gguf",
+        tensors,
+        add_rope_scaling_type=gguf.RopeScalingType.LINEAR,
+        add_rope_scaling_factor=4.0,
+    )
     assert spec_from_gguf(open_gguf(path)).stacks[0].pattern[0].attn.position == Rope(scaling=Linear(4.0))
     path = write(tmp_path / "llama3.gguf", tensors | divisors(Llama3(8.0)), add_rope_freq_base=10_000.0)
     assert load_gguf(path)[0].stacks[0].pattern[0].attn.position == Rope(scaling=Llama3(8.0))
@@ -200,7 +207,7 @@ def test_truncation_anywhere_is_found_at_once(tmp_path, plain):
     content = plain.read_bytes()
     for cut in (6, 20, 100, 3000, len(content) // 2, len(content) - 40):
         (tmp_path / "cut.gguf").write_bytes(content[:cut])
-        with pytest.raises(ValueError, match="cut short.*copy the file again|version must be"):
+        with pytest.raises(ValueError, match=r"cut short.*copy the file again|version must be"):
             open_gguf(tmp_path / "cut.gguf")
 
 
@@ -226,11 +233,11 @@ def test_missing_and_extra_tensors_are_named(tmp_path):
 
 def test_other_architectures_and_keys_are_refused_by_name(tmp_path):
     tensors = tensors_of("llama_gqa")
-    with pytest.raises(ValueError, match="general.architecture must be 'llama', found 'mamba'"):
+    with pytest.raises(ValueError, match=r"general.architecture must be 'llama', found 'mamba'"):
         load_gguf(write(tmp_path / "a.gguf", tensors, architecture="mamba"))
-    with pytest.raises(ValueError, match="expert_count.*might change the math"):
+    with pytest.raises(ValueError, match=r"expert_count.*might change the math"):
         load_gguf(write(tmp_path / "b.gguf", tensors, add_expert_count=4))
-    with pytest.raises(ValueError, match="rope.scaling.type must be 'none' or 'linear', found 'yarn'"):
+    with pytest.raises(ValueError, match=r"rope.scaling.type must be 'none' or 'linear', found 'yarn'"):
         load_gguf(write(tmp_path / "c.gguf", tensors, add_rope_scaling_type=gguf.RopeScalingType.YARN))
     with pytest.raises(ValueError, match="partial"):
         load_gguf(write(tmp_path / "d.gguf", tensors, add_rope_dimension_count=8))
