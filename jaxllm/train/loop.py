@@ -22,6 +22,7 @@ from rich.console import Console
 from jaxllm import serial
 from jaxllm.data.files import write_atomic
 from jaxllm.data.mixture import epochs_at
+from jaxllm.data.tokenizer import check_match
 from jaxllm.experiment import Experiment, check_resume, saved
 from jaxllm.flops import peak_flops, train_flops_per_token
 from jaxllm.objectives.lm import lm_loss
@@ -113,7 +114,7 @@ def train(exp: Experiment, console: Console | None = None, options: Options = Op
             # -------------------------------------------------------------------------------------------- save
             stop = sigterm[0] if jax.process_count() == 1 else decided_by_first(partial(bool, sigterm[0]))
             if stop or last or (exp.checkpoint.every and done % exp.checkpoint.every == 0):
-                saver.save(state, score)
+                saver.save(state, score, {"tokenizer": setup.data.tokenizer.fingerprint})
             if options.profile and (i == start + 4 or last or stop):
                 jax.profiler.stop_trace()
             if stop and not last:
@@ -168,7 +169,8 @@ def set_up(exp: Experiment, console: Console, options: Options) -> Setup:
             fresh = jax.jit(partial(init_state, tree, optimizer), out_shardings=jax.tree.map(lambda x: x.sharding, like))
             state = fresh(jax.random.key(exp.seed))
         else:
-            state = found[0]
+            state, meta = found
+            check_match(data.tokenizer, meta["tokenizer"], f"the checkpoint in {exp.run_dir}")
             say(f"continuing from step {int(state.step)} of {exp.run_dir}")
         peak = peak_flops(list(mesh.devices.flat))
     sharding = batch_sharding(runtime, mesh)
