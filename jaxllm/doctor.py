@@ -114,7 +114,7 @@ def _disk(where: Path) -> Finding:
 
 def _cache() -> Finding:
     """The persistent compilation cache: where, how large."""
-    path: str | None = jax.config.read("jax_compilation_cache_dir")
+    path = jax.config.values["jax_compilation_cache_dir"]
     if not path:
         cure = "set JAX_COMPILATION_CACHE_DIR, so that a step is compiled once per machine, not once per run"
         return Finding("compilation cache", "off", "note", cure)
