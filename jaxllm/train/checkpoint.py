@@ -209,8 +209,8 @@ def _check_same(directory: epath.Path, saved: dict[str, list[Any]], wanted: dict
         if saved.get(path) != wanted.get(path):
             raise ValueError(
                 f"{directory} does not fit this model and optimiser: expected {path} to be "
-                f"{_describe(wanted.get(path))}, found {_describe(saved.get(path))}; use the config it was trained with, "
-                "or another run_dir"
+                f"{_describe(wanted.get(path))}, found {_describe(saved.get(path))}; use the config it was trained "
+                "with, or another run_dir"
             )
 
 

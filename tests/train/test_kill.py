@@ -71,7 +71,11 @@ class Lab:
             return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
     def run(self, run: Path, phase: str | None = None, layout: str = "None", devices: int = 1) -> int:
-        return self.start(run, phase, layout, devices).wait(timeout=240)
+        process = self.start(run, phase, layout, devices)
+        try:
+            return process.wait(timeout=240)
+        finally:
+            process.kill()
 
     def log(self, run: Path) -> str:
         return (self.home / f"{run.name}.log").read_text()
@@ -116,6 +120,19 @@ def assert_same_run(lab: Lab, run: Path) -> None:
     assert [r for r in read_metrics(run) if "val/loss" in r] == [r for r in read_metrics(reference) if "val/loss" in r]
 
 
+# ----------------------------------------------------------------------------------------------------------- set-up
+
+
+def test_killed_while_setting_up(lab: Lab) -> None:
+    """Config, tokenizer, shards and row plans: start k dies instead of naming its k-th file."""
+    run = lab.home / "set_up"
+    assert lab.run(run, "set_up") == 0, lab.log(run)
+    kills = int(lab.log(run).split("kills: ")[1].split()[0])
+    assert kills >= 5
+    assert lab.run(run) == 0, lab.log(run)
+    assert_same_run(lab, run)
+
+
 # --------------------------------------------------------------------------------------------- each phase of a save
 
 
@@ -141,7 +158,7 @@ def test_killed_at_each_phase_of_a_save(lab: Lab) -> None:
     left = left_by("written")
     assert list(left) == ["5.orbax-checkpoint-tmp"] and left["5.orbax-checkpoint-tmp"] >= 2
     assert list(left_by("finalised")) == ["5"]
-    assert list(left_by("unnamed")) == ["5"] and (run / CHECKPOINTS / "5" / f"{manifest.NAME}.tmp").exists()
+    assert list(left_by("unnamed")) == ["5"] and list((run / CHECKPOINTS / "5").glob(f".{manifest.NAME}.*"))
     assert list(left_by("sealed")) == ["sealed 5"]
     whole = contents(run)["sealed 5"]
     left = left_by("half_deleted")
