@@ -241,7 +241,12 @@ def _part(op: Op, argument: str, type_text: str, shapes: Shapes) -> str:
         return "weights" if ".params" in argument else "working"
     if tuple(sorted(sizes)) in shapes.weights:
         return "gradients" if _is_gradient(op) else "weights"
-    return "saved" if len(sizes) > 2 and sizes[0] in shapes.layers else "working"
+    return "saved" if len(sizes) > 2 and sizes[0] in shapes.layers and _is_stack(op) else "working"
+
+
+def _is_stack(op: Op) -> bool:
+    """Filled layer by layer: begins empty or as a constant, or is updated one slice at a time."""
+    return op.kind == "broadcast" or not op.operands or "dynamic-update-slice" in op.name
 
 
 def _is_gradient(op: Op) -> bool:
