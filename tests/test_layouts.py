@@ -1,0 +1,138 @@
+"""Every layout gives the losses of one device: 20 steps, float32, 8 virtual devices."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.experiment import Optimizer
+from jaxllm.models.presets import PRESETS, toy
+from jaxllm.objectives.lm import lm_loss
+from jaxllm.params import Constant, Normal, Param
+from jaxllm.records import Batch
+from jaxllm.runtime import Runtime
+from jaxllm.sharding import Layout, make_mesh, partition, storage
+from jaxllm.train.optimizer import make_optimizer
+from jaxllm.train.step import abstract_state, batch_sharding, init_state, make_step
+from jaxllm.transformer import transformer_params
+
+SPEC = toy(PRESETS["gemma2_2b"](), vocab=96, dim=64)
+TREE = transformer_params(SPEC)
+OPTIMIZER = make_optimizer(Optimizer(peak_lr=1e-2, warmup_steps=2, decay_steps=20), TREE)
+STEPS = 20
+
+
+def batch_of(step):
+    rng = np.random.default_rng(step)
+    ids, shape = rng.integers(0, 96, (16, 17), dtype=np.int32), (16, 16)
+    segment = np.where(np.arange(16) < 11, 1, 2) * np.ones(shape, np.int32)
+    position = np.where(np.arange(16) < 11, np.arange(16), np.arange(16) - 11) * np.ones(shape, np.int32)
+    weight = (rng.random(shape) < 0.8).astype(np.float32)
+    channel = np.repeat(np.arange(16) % 2, 16).reshape(shape).astype(np.int32)
+    return Batch(ids[:, :-1], ids[:, 1:], weight, segment.astype(np.int32), position.astype(np.int32), channel)
+
+
+def losses(layout, accumulate=1, steps=STEPS):
+    runtime = Runtime(layout=layout, vocab_chunk=40)
+    mesh = make_mesh(layout or Layout(), jax.devices()[: 1 if layout is None else 8])
+    step = make_step(
+        lambda params, batch, key: lm_loss(params, SPEC, batch, runtime, key, channels=2),
+        OPTIMIZER, TREE, runtime, accumulate=accumulate,
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        places = jax.tree.map(lambda x: x.sharding, abstract_state(TREE, OPTIMIZER, runtime, mesh))
+        state = jax.jit(partial(init_state, TREE, OPTIMIZER), out_shardings=places)(jax.random.key(0))
+        out = []
+        for i in range(steps):
+            batch = jax.device_put(batch_of(i), batch_sharding(runtime, mesh))
+            state, metrics = step(state, batch)
+            out.append([float(metrics["loss"]), float(metrics["grad_norm"]), *map(float, metrics["channel_nll"])])
+        assert all(
+            jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places))
+        ), "a step must not change where the state lives"
+    return np.array(out)
+
+
+@cache
+def one_device():
+    return losses(None)
+
+
+LAYOUTS = {
+    "data": (Layout(zero=0), 1),
+    "zero1": (Layout(zero=1), 1),
+    "zero2 accumulated": (Layout(zero=2), 2),
+    "zero3": (Layout(zero=3), 1),
+    "zero3 accumulated": (Layout(zero=3), 2),
+    "tensor": (Layout(tensor=2, zero=0), 1),
+    "zero3 x tensor": (Layout(tensor=2, zero=3), 1),
+    "replica x zero1 x tensor accumulated": (Layout(replica=2, tensor=2, zero=1), 2),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_gives_the_losses_of_one_device(name):
+    layout, accumulate = LAYOUTS[name]
+    got = losses(dataclasses.replace(layout, replicate_below=0), accumulate)
+    np.testing.assert_allclose(got, one_device(), rtol=1e-5)
+
+
+def test_accumulation_equals_the_big_batch():
+    """Micro-batches have different token counts: only weighting by tokens makes them add up."""
+    np.testing.assert_allclose(losses(None, accumulate=4), one_device(), rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ rule tables
+
+SIZES = {"replica": 1, "stage": 1, "data": 4, "expert": 1, "sequence": 1, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "zero", "want"),
+    [
+        (("layers", "embed", "heads", "head_dim"), (2, 64, 4, 16), 3, (None, "data", "tensor", None)),
+        (("layers", "embed", "heads", "head_dim"), (2, 64, 4, 16), 0, (None, None, "tensor", None)),
+        (("layers", "ffn", "embed"), (2, 128, 64), 1, (None, "tensor", "data")),
+        (("vocab", "embed"), (96, 64), 3, ("tensor", "data")),
+        (("vocab", "embed"), (97, 64), 3, (None, "data")),  # a vocabulary that does not divide stays whole
+        (("layers", "embed", "kv_heads", "head_dim"), (2, 64, 1, 16), 2, (None, "data", None, None)),
+        (("layers", "embed", "ffn"), (2, 66, 128), 3, (None, None, ("tensor", "data"))),  # 66 does not divide
+        (("layers", "embed"), (2, 63), 3, (None, None)),
+    ],
+)
+def test_storage_table(axes, shape, zero, want):
+    layout = Layout(data=4, tensor=2, zero=zero, replicate_below=0)
+    got = storage(Param(shape, axes, Normal(1.0)), layout, SIZES)
+    assert tuple(got) == want
+
+
+def test_small_parameters_stay_whole():
+    assert tuple(storage(Param((8, 64), ("layers", "embed"), Constant(1.0)), Layout(), SIZES)) == (None, None)
+
+
+@pytest.mark.parametrize(("axis", "n"), [("heads", 3), ("ffn", 129), ("kv_heads", 3)])
+def test_a_mesh_that_does_not_divide_the_model_is_refused(axis, n):
+    with pytest.raises(ValueError, match=f"must divide {axis}={n}"):
+        partition((axis,), (n,), Layout(tensor=2), SIZES)
+
+
+def test_a_mesh_that_does_not_divide_the_devices_is_refused():
+    with pytest.raises(ValueError, match="must be the number of devices, 8"):
+        Layout(tensor=3).sizes(8)
+    with pytest.raises(ValueError, match="must be the number of devices, 8"):
+        Layout(data=4).sizes(8)
+    assert Layout(tensor=2).sizes(8)["data"] == 4
+
+
+def test_masters_are_spread():
+    """ZeRO-3 on 8 devices: each holds an eighth of masters and moments (norms aside)."""
+    layout = Layout(zero=3, replicate_below=0)
+    mesh = make_mesh(layout)
+    state = abstract_state(TREE, OPTIMIZER, Runtime(layout=layout), mesh)
+    whole = sum(x.size for x in jax.tree.leaves(state))
+    local = sum(int(np.prod(x.sharding.shard_shape(x.shape))) for x in jax.tree.leaves(state))
+    assert local == pytest.approx(whole / 8, rel=0.01)
+    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
