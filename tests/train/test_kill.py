@@ -41,7 +41,8 @@ def config():
     data = Data((Source({corpus!r}),), context=32, held_out_chars=1000)
     return Experiment(
         model, data, steps={steps}, batch_size=4, run_dir="unused", optimizer=Optimizer(peak_lr=1e-2, warmup_steps=5),
-        log_every=1, eval_every=20, samples=(), checkpoint=Checkpointing(every={every}, keep=1), runtime=Runtime(layout={layout}),
+        log_every=1, eval_every=20, samples=(), checkpoint=Checkpointing(every={every}, keep=1),
+        runtime=Runtime(layout={layout}),
     )
 """
 
