@@ -213,8 +213,8 @@ def _load_run(path: epath.Path, step: int | None, dtype: DTypeLike, shardings: A
 def logits(
     spec: Transformer,
     params: Any,
-    input_ids: ArrayLike | Sequence[Sequence[int]],
-    attention_mask: ArrayLike | Sequence[Sequence[int]] | None = None,
+    input_ids: ArrayLike | Sequence[Any],
+    attention_mask: ArrayLike | Sequence[Any] | None = None,
     *,
     runtime: Runtime = Runtime(),
 ) -> Float[Array, "B T V"]:

@@ -69,7 +69,7 @@ def _q8_0(b: Bytes) -> Values:
 # ------------------------------------------------------------- K-quants: superblocks of 256 with scales of their own
 
 
-def _planes(b: Bytes, bits: int) -> UInt8[np.ndarray, "blocks groups planes bytes"]:
+def _planes(b: Bytes, bits: int) -> UInt8[np.ndarray, "blocks runs planes 32"]:
     """Fields of `bits` bits: for each run of 32 bytes, first all lowest fields, then the next ones ..."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[None, None, :, None]
     return (b.reshape(len(b), -1, 1, 32) >> shifts) & ((1 << bits) - 1)

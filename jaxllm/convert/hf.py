@@ -134,6 +134,5 @@ def _dtype_of(params: Any) -> np.dtype:
 
 
 def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    if tokenizer is None:
-        return {}
-    return {f"{role}_token_id": getattr(tokenizer, role) for role in ("bos", "eos", "pad")}
+    """Ids by role; None where there is none, lest the reference take its class's default."""
+    return {f"{role}_token_id": getattr(tokenizer, role, None) for role in ("bos", "eos", "pad")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxllm.config import Transformer
 from jaxllm.convert.rules import Rule
@@ -12,6 +12,7 @@ from jaxllm.models import gemma2, gpt2, llama, mistral, qwen2
 from jaxllm.models.common import layers_of, modern, stacks_of
 
 
+@runtime_checkable
 class Family(Protocol):
     """What a family's module offers; see `jaxllm.models.common`."""
 

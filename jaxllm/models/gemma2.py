@@ -7,19 +7,8 @@ from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, Full, Local, RMSNorm, Rope, Transformer, decoder
 from jaxllm.convert.rules import Rule
-from jaxllm.models.common import (
-    Config,
-    Fields,
-    Row,
-    activation_from,
-    activation_to,
-    layer_patterns,
-    layers_of,
-    read_fields,
-    rope_from,
-    stacks_of,
-    window_fields,
-)
+from jaxllm.models import common
+from jaxllm.models.common import Config, Fields, Row
 from jaxllm.models.llama_like import SHAPE, config_of, names_with
 from jaxllm.nn.attention import scale_of
 
@@ -83,21 +72,21 @@ NORMS: tuple[Row, ...] = (
 
 def from_hf(config: Config) -> Transformer:
     """Even layers are windowed, unless `layer_types` says which are."""
-    c = read_fields(config, FIELDS)
+    c = common.read_fields(config, FIELDS)
     # the reference reads hidden_activation, never hidden_act
     norm, dim, window = RMSNorm(float(c["rms_norm_eps"]), unit_offset=True), c["hidden_size"], c["sliding_window"]
     scale, softcap, bias = c["query_pre_attn_scalar"] ** -0.5, c["attn_logit_softcapping"], c["attention_bias"]
-    shape = (c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"], rope_from(c["rope_parameters"]))
-    ffn = GLU(c["intermediate_size"], activation_from(c["hidden_activation"], "hidden_activation"))
+    shape = (c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"], common.rope_from(c["rope_parameters"]))
+    ffn = GLU(c["intermediate_size"], common.activation_from(c["hidden_activation"], "hidden_activation"))
     default = [Full() if i % 2 else Local(window) for i in range(c["num_hidden_layers"])]
     layers = [
         Block(GQA(*shape, pattern, bias, bias, softcap=softcap, scale=scale), ffn, norm, place="sandwich")
-        for pattern in layer_patterns(c["layer_types"], window, default)
+        for pattern in common.layer_patterns(c["layer_types"], window, default)
     ]
     return Transformer(
         vocab=c["vocab_size"],
         dim=dim,
-        stacks=stacks_of(layers),
+        stacks=common.stacks_of(layers),
         norm=norm,
         context=c["max_position_embeddings"],
         embed_scale=dim**0.5,
@@ -109,11 +98,11 @@ def from_hf(config: Config) -> Transformer:
 
 def to_hf(spec: Transformer) -> dict[str, Any]:
     """The inverse of `from_hf`."""
-    attn, act = layers_of(spec)[0].attn, activation_to(layers_of(spec)[0].ffn.act)
+    attn, act = common.layers_of(spec)[0].attn, common.activation_to(common.layers_of(spec)[0].ffn.act)
     config = config_of(spec, MODEL_TYPE, ARCHITECTURES[0]) | {"hidden_act": act, "hidden_activation": act}
     caps = {"attn_logit_softcapping": attn.softcap, "final_logit_softcapping": spec.logit_softcap}
-    rest = {"attention_bias": attn.qkv_bias, "query_pre_attn_scalar": round(scale_of(attn) ** -2, 6)}
-    return config | caps | rest | window_fields([block.attn.pattern for block in layers_of(spec)])
+    rest = {"attention_bias": attn.qkv_bias, "query_pre_attn_scalar": round(scale_of(attn) ** -2)}
+    return config | caps | rest | common.window_fields([block.attn.pattern for block in common.layers_of(spec)])
 
 
 def names(spec: Transformer) -> list[Rule]:

@@ -6,18 +6,8 @@ from typing import Any
 
 from jaxllm.config import GQA, MLP, Block, LayerNorm, Learned, Transformer, decoder
 from jaxllm.convert.rules import Rule, Unused
-from jaxllm.models.common import (
-    Config,
-    Fields,
-    Row,
-    activation_from,
-    activation_to,
-    foreign,
-    layers_of,
-    read_fields,
-    stacks_of,
-    table,
-)
+from jaxllm.models import common
+from jaxllm.models.common import Config, Fields, Row
 
 
 def gpt2(name: str, layers: int, dim: int, heads: int, vocab: int = 50_257, context: int = 1024) -> Transformer:
@@ -97,9 +87,10 @@ BLOCK: tuple[Row, ...] = (  # weights are [in, out] here
 
 def from_hf(config: Config) -> Transformer:
     """`scale_attn_by_inverse_layer_idx` divides the scores of layer i (from 0) by i + 1."""
-    c = read_fields(config, FIELDS)
+    c = common.read_fields(config, FIELDS)
     dim, heads, norm = c["n_embd"], c["n_head"], LayerNorm(float(c["layer_norm_epsilon"]))
-    ffn = MLP(c["n_inner"] or 4 * dim, activation_from(c["activation_function"], "activation_function"), bias=True)
+    act = common.activation_from(c["activation_function"], "activation_function")
+    ffn = MLP(c["n_inner"] or 4 * dim, act, bias=True)
     plain, by_layer = c["scale_attn_weights"], c["scale_attn_by_inverse_layer_idx"]
 
     def block(i: int) -> Block:
@@ -107,27 +98,26 @@ def from_hf(config: Config) -> Transformer:
         scale = None if plain and not by_layer else usual / (i + 1 if by_layer else 1)
         return Block(GQA(heads, heads, dim // heads, qkv_bias=True, out_bias=True, scale=scale), ffn, norm)
 
-    stacks, rows = stacks_of([block(i) for i in range(c["n_layer"])]), c["n_positions"]
-    tied = c["tie_word_embeddings"]
-    return Transformer(c["vocab_size"], dim, stacks, norm, rows, embed_position=Learned(rows), tied=tied, name="gpt2")
+    stacks, rows = common.stacks_of([block(i) for i in range(c["n_layer"])]), c["n_positions"]
+    vocab, tied = c["vocab_size"], c["tie_word_embeddings"]
+    return Transformer(vocab, dim, stacks, norm, rows, embed_position=Learned(rows), tied=tied, name="gpt2")
 
 
 def to_hf(spec: Transformer) -> dict[str, Any]:
     """The inverse of `from_hf`."""
-    blocks, norm = layers_of(spec), spec.norm
+    blocks, norm = common.layers_of(spec), spec.norm
     attn, ffn = blocks[0].attn, blocks[0].ffn
     if not (isinstance(ffn, MLP) and isinstance(norm, LayerNorm) and attn.position is None):
-        raise foreign(MODEL_TYPE, spec)
-    act = "gelu_new" if ffn.act == "gelu_tanh" else activation_to(ffn.act)
+        raise common.foreign(MODEL_TYPE, spec)
+    act = "gelu_new" if ffn.act == "gelu_tanh" else common.activation_to(ffn.act)
     values = (spec.vocab, spec.context, spec.dim, spec.layers, attn.heads, ffn.hidden, act, norm.eps)
     scales = [block.attn.scale for block in blocks]
     values += (scales[0] != 1.0, len(set(scales)) > 1, spec.tied)
-    return {"model_type": MODEL_TYPE, "architectures": list(ARCHITECTURES)} | dict(
-        zip(FIELDS.read, values, strict=True)
-    )
+    fields = dict(zip(FIELDS.read, values, strict=True))
+    return {"model_type": MODEL_TYPE, "architectures": list(ARCHITECTURES)} | fields
 
 
 def names(spec: Transformer) -> list[Rule]:
     """q, k and v are one tensor; old files also hold the causal mask."""
-    rules = table(spec, TOP, "transformer.h.{}.", BLOCK, head="lm_head.weight")
+    rules = common.table(spec, TOP, "transformer.h.{}.", BLOCK, head="lm_head.weight")
     return [*rules, Unused("*.attn.bias"), Unused("*.attn.masked_bias")]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -125,7 +126,7 @@ def test_tokenizer_and_eos_travel(tmp_path):
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 50, 300, "bpe")
     spec = replace(spec, vocab=tokenizer.vocab)
     for at, leaf in (("embed", "tokens"), ("head", "kernel")):
-        params[at][leaf] = np.resize(params[at][leaf], (spec.vocab, spec.dim))
+        params[at][leaf] = jnp.resize(params[at][leaf], (spec.vocab, spec.dim))
     save_folder(tmp_path / "out", spec, params, tokenizer)
     back_spec, _, back = load_folder(tmp_path / "out")
     assert back_spec == spec

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -143,10 +144,10 @@ def test_quantised_and_adapted_weights_are_exported_dense():
     files = _checkpoint()
     params = rules.load(TABLE, _tree(), {n: x.shape for n, x in files.items()}, files.__getitem__, "float32")
     tokens = params["embed"]["tokens"]
-    params["embed"]["tokens"] = Quantised(np.ones((7, D), np.int8), np.full((7, 1), 0.5, np.float32))
+    params["embed"]["tokens"] = Quantised(jnp.ones((7, D), jnp.int8), jnp.full((7, 1), 0.5))
     np.testing.assert_array_equal(dict(rules.export(TABLE, params, np.float32))["wte"], np.full((7, D), 0.5))
-    a, b = np.ones((7, 2), np.float32), np.ones((2, D), np.float32)
-    params["embed"]["tokens"] = Adapted(tokens, a, b, np.float32(0.25))
+    a, b = jnp.ones((7, 2)), jnp.ones((2, D))
+    params["embed"]["tokens"] = Adapted(tokens, a, b, jnp.float32(0.25))
     np.testing.assert_allclose(dict(rules.export(TABLE, params, np.float32))["wte"], files["wte"] + 0.5, rtol=1e-6)
 
 
@@ -166,7 +167,7 @@ def test_export_then_import_at_toy_size(name):
     spec = toy(PRESETS[name]())
     tree, table = transformer_params(spec), family.names(spec)
     rng = np.random.default_rng(1)
-    params = map_params(lambda p: rng.standard_normal(p.shape, np.float32), tree)
+    params = map_params(lambda p: jnp.asarray(rng.standard_normal(p.shape, np.float32)), tree)
     files = dict(rules.export(table, params, np.float32))
     assert {n: x.shape for n, x in files.items()} == rules.wanted(table, tree)
     back = rules.load(table, tree, {n: x.shape for n, x in files.items()}, files.__getitem__, "float32")
