@@ -1,4 +1,4 @@
-"""Key/value caches and their verbs: `init`, `commit`, `reorder`.
+"""Key/value caches and their verbs: `init`, `commit`, `forget`, `reorder`.
 
 `forward` only reads a cache and returns new rows; `commit` writes accepted rows once, after the layer scan. With the
 cache in the scan's carry the same decode step needs 12 times the temporary memory (2,304 MiB against 192 MiB for a
@@ -111,6 +111,16 @@ def commit(caches: Caches, rows: Any, start_B: Int[Array, " B"], count_B: Int[Ar
         )
 
     return tuple(tuple(map(one, stack, new)) for stack, new in zip(caches, rows, strict=True))
+
+
+def forget(caches: Caches, length_B: Int[Array, " B"]) -> Caches:
+    """Take back every row at or past slot length_B[b]. Not for a ring, whose older rows are gone already."""
+    for c in (c for stack in caches for c in stack if c.ring):
+        raise ValueError(f"forget: a ring of {c.slot_BS.shape[1]} rows cannot go back; make the cache with ring=False")
+    return tuple(
+        tuple(c.replace(segment_BS=jnp.where(c.slot_BS < length_B[:, None], c.segment_BS, 0)) for c in stack)
+        for stack in caches
+    )
 
 
 def reorder(caches: Caches, index_B: Int[Array, " B"]) -> Caches:

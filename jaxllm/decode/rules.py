@@ -32,9 +32,9 @@ class Past:
 
 
 class LogitsRule(NamedTuple):
-    """init(past) -> state, before the first token;  apply(logits_BV, state, past) -> (logits_BV, state), at every one.
+    """init(past) -> state, before the first token;  apply(logits_BV, state, past) -> (logits_BV, state), at each.
 
-    A state is any tree of arrays with a leading B axis, so that rows can be reordered; () when there is nothing to keep.
+    A state is any tree of arrays with a leading B axis, so that rows can be reordered; () for nothing to keep.
     Logits are float32; -inf removes a token.
     """
 
@@ -53,8 +53,8 @@ def compose(*rules: LogitsRule) -> LogitsRule:
     def apply(logits_BV: Array, states: tuple[Any, ...], past: Past) -> tuple[Array, tuple[Any, ...]]:
         new = []
         for rule, state in zip(rules, states, strict=True):
-            logits_BV, state = rule.apply(logits_BV, state, past)
-            new.append(state)
+            logits_BV, later = rule.apply(logits_BV, state, past)
+            new.append(later)
         return logits_BV, tuple(new)
 
     return LogitsRule(lambda past: tuple(rule.init(past) for rule in rules), apply)

@@ -22,7 +22,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxllm import cache, params as trees
+from jaxllm import cache
+from jaxllm import params as trees
 from jaxllm.cache import Caches
 from jaxllm.config import Transformer
 from jaxllm.decode.rules import GREEDY, Past, Sampling
@@ -31,7 +32,9 @@ from jaxllm.runtime import Runtime
 from jaxllm.sharding import constrain, use
 from jaxllm.transformer import forward, logits, transformer_params
 
-CHUNK = 1024  # prompt tokens fed at once; a longer prompt goes through in a loop, since its rows are as large as its cache
+CHUNK = (
+    1024  # prompt tokens fed at once; a longer prompt goes through in a loop, since its rows are as large as its cache
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,11 @@ def bucket(n: int, least: int = 16) -> int:
     return size * 3 // 4 if size > least and size * 3 // 4 >= n else size
 
 
+def whole_chunks(width: int) -> int:
+    """A prompt's width rounded up to whole chunks, if it needs more than one."""
+    return width if width <= CHUNK else -(-width // CHUNK) * CHUNK
+
+
 # ---------------------------------------------------------------------------------------------------- the programs
 
 
@@ -180,8 +188,7 @@ def _start(
     if rows.shape != (batch,):
         raise ValueError(f"generate: wants one seed per prompt, got {rows.size} seeds for {batch} prompts")
     length_B = np.array([len(p) for p in prompts], np.int32)
-    width = width if width <= CHUNK else -(-width // CHUNK) * CHUNK
-    feed = Feed(pad(prompts, width), np.zeros_like(length_B), length_B)
+    feed = Feed(pad(prompts, whole_chunks(width)), np.zeros_like(length_B), length_B)
     return feed, Past(pad(prompts, program.size), length_B, length_B), rows.astype(np.uint32), length_B + np.int32(new)
 
 
@@ -202,9 +209,7 @@ def run(program: Program, params: Params, caches: Caches, feed: Feed, fresh: boo
     real_BT = i_1T < feed.count_B[:, None]
     slot_BT = feed.start_B[:, None] + i_1T
     position_BT = jnp.where(real_BT, slot_BT, 0)  # padding has no place: past a learned table it would read NaN
-    given = Inputs(
-        feed.new_BT, position_BT, slot_BT=None if fresh else slot_BT, segment_BT=real_BT.astype(jnp.int32)
-    )
+    given = Inputs(feed.new_BT, position_BT, slot_BT=None if fresh else slot_BT, segment_BT=real_BT.astype(jnp.int32))
     runtime = program.runtime
     held = cache.init(program.spec, feed.new_BT.shape[0], 0, runtime.compute_dtype) if fresh else caches
     out = forward(params, program.spec, given, runtime, held)
@@ -227,7 +232,7 @@ def fill(program: Program, params: Params, caches: Caches, feed: Feed, fresh: bo
 
     carry = jnp.zeros((B, program.spec.dim), program.runtime.compute_dtype), caches
     carry = chunk(0, carry, fresh)
-    return carry if T == width else jax.lax.fori_loop(1, T // width, chunk, carry)
+    return carry if width == T else jax.lax.fori_loop(1, T // width, chunk, carry)
 
 
 def begin(

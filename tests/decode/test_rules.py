@@ -14,7 +14,9 @@ GOLDEN = np.load(Path(__file__).parent.parent / "goldens/decoding/rules.npz")
 
 
 def run(rule: LogitsRule, logits: np.ndarray) -> np.ndarray:
-    past = Past(jnp.zeros((len(logits), 1), jnp.int32), jnp.zeros(len(logits), jnp.int32), jnp.zeros(len(logits), jnp.int32))
+    past = Past(
+        jnp.zeros((len(logits), 1), jnp.int32), jnp.zeros(len(logits), jnp.int32), jnp.zeros(len(logits), jnp.int32)
+    )
     return np.asarray(jax.jit(rule.apply)(jnp.asarray(logits), rule.init(past), past)[0])
 
 
@@ -84,7 +86,15 @@ def test_a_stateful_rule_composes() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": -0.1}]
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+    ],
 )
 def test_a_value_out_of_range_is_named(bad: dict[str, float]) -> None:
     (name, value), *_ = bad.items()

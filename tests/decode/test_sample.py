@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import cache, params as trees
+from jaxllm import cache
+from jaxllm import params as trees
 from jaxllm.decode import sample
 from jaxllm.decode.rules import Sampling
 from jaxllm.decode.sample import generate, prepare
@@ -20,9 +22,13 @@ RUNTIME = Runtime()
 PROMPTS = [[5, 17, 3, 42, 8, 1, 9, 77], [11, 2], [90, 4, 4, 31, 6], [50]]
 
 
+@lru_cache
 def model(name: str):
+    """A toy spec and weights drawn by numpy, which compiles nothing; wide enough that no two tokens are near a tie."""
     spec = toy(PRESETS[name]())
-    return spec, trees.init(transformer_params(spec), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    draw = trees.map_params(lambda p: jnp.asarray(rng.normal(0, 0.3, p.shape), jnp.float32), transformer_params(spec))
+    return spec, draw
 
 
 def full_logprobs(spec, params, rows: list[list[int]]) -> np.ndarray:
@@ -38,9 +44,9 @@ def full_logprobs(spec, params, rows: list[list[int]]) -> np.ndarray:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_greedy_with_a_cache_equals_full_forwards(name: str) -> None:
-    """Ragged prompts in one batch, 12 steps (past every window of 5), on stacked and on prepared weights."""
+    """Ragged prompts in one batch, 12 steps (past every window of 5), on stacked weights; on prepared ones for some."""
     spec, params = model(name)
-    for weights in (params, prepare(params, spec, RUNTIME)):
+    for weights in (params, prepare(params, spec, RUNTIME))[: 2 if name in ("gemma2_2b", "gpt2_small") else 1]:
         got = generate(spec, weights, PROMPTS, max_new_tokens=12, runtime=RUNTIME)
         full = full_logprobs(spec, params, [p + row for p, row in zip(PROMPTS, got.ids(), strict=True)])
         for prompt, row, logprob, table in zip(PROMPTS, got.ids(), np.asarray(got.logprob_BT), full, strict=True):
@@ -86,7 +92,10 @@ def test_seeds_decide() -> None:
     call = {"max_new_tokens": 16, "sampling": Sampling(temperature=1.0), "runtime": RUNTIME}
     first = generate(spec, params, [[7]] * 3, seeds=[0, 1, 0], **call).ids()
     assert first[0] == first[2] != first[1]
-    assert generate(spec, params, [[7]] * 3, seeds=5, **call).ids() == generate(spec, params, [[7]] * 3, seeds=[5, 6, 7], **call).ids()
+    assert (
+        generate(spec, params, [[7]] * 3, seeds=5, **call).ids()
+        == generate(spec, params, [[7]] * 3, seeds=[5, 6, 7], **call).ids()
+    )
 
 
 def test_samples_follow_the_models_distribution() -> None:
@@ -118,7 +127,7 @@ def test_early_exit_takes_no_step_more_than_the_longest_row() -> None:
     state = sample.begin(program, params, None, *sample._start(program, PROMPTS, 16, 0, 5))
     ended = replace(program, eos=tuple(first))
     assert bool(sample.begin(ended, params, None, *sample._start(ended, PROMPTS, 16, 0, 5)).done_B.all())
-    # cached_B counts the forwards whose rows were kept: with a limit of 5, 3 after the prompt's (the last ends the row).
+    # cached_B counts forwards whose rows were kept: with a limit of 5, 3 after the prompt's (the last ends the row).
     assert (sample.advance(program, params, state, 100).cached_B - state.cached_B).tolist() == [3, 3, 3, 3]
     assert (sample.advance(program, params, state, 2).past.length_B - state.past.length_B).tolist() == [2, 2, 2, 2]
 
@@ -184,7 +193,9 @@ def test_the_loop_updates_the_cache_in_place() -> None:
     ready = prepare(params, spec, RUNTIME)
     program = sample.Program(spec, RUNTIME, Sampling(), (), 4096)
     state = jax.eval_shape(
-        lambda: sample.begin(program, ready, None, *jax.tree.map(jnp.asarray, sample._start(program, PROMPTS, 16, 0, 4)))
+        lambda: sample.begin(
+            program, ready, None, *jax.tree.map(jnp.asarray, sample._start(program, PROMPTS, 16, 0, 4))
+        )
     )
     loop = jax.jit(sample.advance, static_argnums=0, donate_argnums=2).lower(program, ready, state, 9).compile()
     memory = loop.memory_analysis()
