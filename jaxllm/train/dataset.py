@@ -80,7 +80,7 @@ def _fit(data: Data) -> Fit:
 
 def _tokenizer(exp: Experiment, home: epath.Path, texts: list[str], say: Say) -> Tokenizer:
     choice = exp.data.tokenizer
-    if home.exists():
+    if (home / "tokenizer_config.json").exists():  # written last
         tokenizer = tokenizers.load(home)
     elif choice.path is None:
         tokenizer = train_tokenizer(texts, exp.model.vocab, choice.kind, progress=say)

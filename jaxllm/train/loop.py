@@ -99,7 +99,7 @@ def train(exp: Experiment, console: Console | None = None, options: Options = Op
 
             # ----------------------------------------------------------------------------------------- measure
             done, last = i + 1, i + 1 == exp.steps
-            if done % exp.log_every == 0 or i == start or last:
+            if done % exp.log_every == 0 or done == 1 or last:
                 values = record(exp, setup, i, metrics, tokens / seconds)
                 writer.write(done, values)
                 display.update(done, values)
@@ -137,7 +137,7 @@ def claim_run_dir(exp: Experiment) -> None:
     file = home / "config.json"
     if file.exists():
         check_resume(saved(file.read_text()), exp)
-    elif home.exists() and any(home.iterdir()):
+    elif home.exists() and any(not entry.name.startswith(".") for entry in home.iterdir()):
         raise ValueError(
             f"run_dir={exp.run_dir} is not empty and has no config.json, so it is no run of jaxllm; choose another"
         )
@@ -172,7 +172,7 @@ def set_up(exp: Experiment, console: Console, options: Options) -> Setup:
             state, meta = found
             check_match(data.tokenizer, meta["tokenizer"], f"the checkpoint in {exp.run_dir}")
             say(f"continuing from step {int(state.step)} of {exp.run_dir}")
-        peak = peak_flops(list(mesh.devices.flat))
+    peak = peak_flops(list(mesh.devices.flat))
     sharding = batch_sharding(runtime, mesh)
     _introduce(exp, data, mesh, peak, say)
     return Setup(mesh, data, step, make_evaluate(exp.model, runtime, len(data.channels)), sharding, state, peak)

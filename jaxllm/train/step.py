@@ -31,8 +31,8 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 def init_state(tree: ParamTree, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
     """A fresh state: fp32 masters, the optimiser's state, and counters of skipped steps in `extra`."""
     params = init(tree, key)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), {"skipped": zero, "bad_streak": zero})
+    step, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: each is donated
+    return TrainState(step, params, optimizer.init(params), {"skipped": skipped, "bad_streak": streak})
 
 
 def state_shardings(tree: ParamTree, optimizer: optax.GradientTransformation, runtime: Runtime, mesh: Mesh) -> Any:
@@ -97,7 +97,7 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mean, aux, grads = gradients(loss, tree, state.params, batch, key, runtime, accumulate)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(mean)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
