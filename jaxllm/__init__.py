@@ -1,0 +1,20 @@
+"""jaxllm: language models in JAX. The math is a page you can read, and the same page runs on a laptop and a TPU pod.
+
+    import jaxllm
+
+    model = jaxllm.load("smollm2")      # a run directory, a checkpoint in it, a Hugging Face folder, a .gguf file, a name
+    jaxllm.logits(model.spec, model.params, input_ids, attention_mask)           # float32 [B, T, V]
+    jaxllm.generate(model.spec, model.params, [[1, 2, 3]], max_new_tokens=20).ids()
+    for piece in jaxllm.stream(model, [1, 2, 3]): ...                            # pieces of text
+
+These names are stable. The rooms below them (`docs/architecture.md`) are public too, and may still move.
+"""
+
+from jaxllm.decode.rules import Sampling
+from jaxllm.decode.sample import Generation, generate
+from jaxllm.decode.stream import stream
+from jaxllm.model import Model, load, logits, spec_of
+from jaxllm.runtime import Runtime
+from jaxllm.sharding import Layout
+
+__all__ = ["Generation", "Layout", "Model", "Runtime", "Sampling", "generate", "load", "logits", "spec_of", "stream"]

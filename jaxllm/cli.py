@@ -24,7 +24,7 @@ from jaxllm.decode.rules import Sampling
 from jaxllm.decode.sample import generate, prepare
 from jaxllm.decode.stream import stream
 from jaxllm.doctor import doctor_command
-from jaxllm.load import Model, load
+from jaxllm.model import Model, load
 from jaxllm.plan.report import info_command, plan_command
 from jaxllm.runtime import Runtime
 from jaxllm.train import dataset

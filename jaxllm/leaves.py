@@ -10,6 +10,7 @@ of temporaries instead of 3.27 GiB.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, assert_never
 
 import jax
@@ -68,6 +69,8 @@ def dense(w: Weight, dtype: DTypeLike) -> Array:
                 if s not in (1, n):
                     scale = jnp.repeat(scale, n // s, axis=axis)
             return (values.astype(jnp.float32) * scale).astype(dtype)
+        case Adapted() if w.scaling.ndim:  # stacked over layers
+            return jax.vmap(partial(dense, dtype=dtype))(w)
         case Adapted(base, a, b, scaling):
             delta = jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1) * scaling
             return (dense(base, jnp.float32) + delta).astype(dtype)

@@ -71,6 +71,7 @@ def compile_all(jobs: Sequence[Job], timeout: float = 900) -> list[Report]:
         child = subprocess.run(
             [sys.executable, __file__, str(inbox), str(outbox)],
             env=env,
+            check=False,
             capture_output=True,
             text=True,
             timeout=timeout,

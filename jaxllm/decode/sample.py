@@ -217,8 +217,11 @@ def run(program: Program, params: Params, caches: Caches, feed: Feed, fresh: boo
     return jnp.take_along_axis(out.hidden_BTD, last_B[:, None, None], 1)[:, 0], out
 
 
-def fill(program: Program, params: Params, caches: Caches, feed: Feed, fresh: bool) -> tuple[Array, Caches]:
-    """Put a prompt of any length into the caches, CHUNK tokens at a time; the last hidden state of each row [B, D]."""
+def fill(program: Program, params: Params, caches: Caches | None, feed: Feed) -> tuple[Array, Caches]:
+    """Put a prompt of any length into the caches (None: empty ones), CHUNK tokens at a time.
+
+    Returns the hidden state of each row's last token [B, D], and the caches.
+    """
     B, T = feed.new_BT.shape
     width = min(T, CHUNK)
 
@@ -230,8 +233,9 @@ def fill(program: Program, params: Params, caches: Caches, feed: Feed, fresh: bo
         caches = cache.commit(caches, out.rows, part.start_B, count_B)
         return jnp.where((count_B > 0)[:, None], last_BD, hidden_BD), caches
 
-    carry = jnp.zeros((B, program.spec.dim), program.runtime.compute_dtype), caches
-    carry = chunk(0, carry, fresh)
+    held = empty(program, B) if caches is None else caches
+    carry = jnp.zeros((B, program.spec.dim), program.runtime.compute_dtype), held
+    carry = chunk(0, carry, fresh=caches is None)
     return carry if width == T else jax.lax.fori_loop(1, T // width, chunk, carry)
 
 
@@ -239,9 +243,8 @@ def begin(
     program: Program, params: Params, caches: Caches | None, feed: Feed, past: Past, seed_B: Array, limit_B: Array
 ) -> State:
     """Feed what the caches (None: empty) lack of the prompts, and choose the first new token of each row."""
-    fresh = caches is None
     batch = feed.new_BT.shape[0]
-    hidden_BD, caches = fill(program, params, empty(program, batch) if fresh else caches, feed, fresh)
+    hidden_BD, caches = fill(program, params, caches, feed)
     cached_B, zeros_BS = feed.start_B + feed.count_B, jnp.zeros(past.tokens_BS.shape, jnp.float32)
     keys, done_B = jax.vmap(jax.random.key)(seed_B), jnp.zeros(batch, bool)
     rules = program.sampling.rule.init(past)

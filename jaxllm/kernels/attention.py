@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxllm import config
 from jaxllm.kernels.chunked import chunked
+from jaxllm.kernels.flash_gpu import flash_gpu
 from jaxllm.kernels.flash_tpu import flash_tpu
 from jaxllm.kernels.reference import reference
 from jaxllm.records import Mask
@@ -50,10 +51,12 @@ def attention(
     match _choose(backend, q_BTNH.shape[1], k_BSKH.shape[1], mask):
         case "reference":
             return reference(*args, scale=scale, softcap=softcap)
-        case "chunked" | "gpu":
+        case "chunked":
             return chunked(*args, scale=scale, softcap=softcap)
         case "tpu":
             return flash_tpu(*args, scale=scale, softcap=softcap, interpret=interpret)
+        case "gpu":
+            return flash_gpu(*args, scale=scale, softcap=softcap, interpret=interpret)
         case other:
             assert_never(other)
 

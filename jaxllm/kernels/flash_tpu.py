@@ -15,7 +15,6 @@ Heads come first here, [B * N, T, H]; `schedule.py` says which blocks are visite
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,48 +24,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxllm import config
-from jaxllm.kernels.pattern import allowed
-from jaxllm.kernels.reference import MASKED, Names, precision
-from jaxllm.kernels.schedule import Arrays, Schedule, Shape, Variant, choose, schedule
-from jaxllm.kernels.tpu_sizes import Sizes, sizes
+from jaxllm.kernels.call import Call, Operands, arrays_of, codes, dot, may_meet, operands, result, scores
+from jaxllm.kernels.reference import MASKED
+from jaxllm.kernels.schedule import Schedule, Variant, schedule
+from jaxllm.kernels.tpu_sizes import Sizes, Tile, sizes
 from jaxllm.records import Mask
 
-LOG2_E = math.log2(math.e)
 ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a b^T
 COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # a^T b
-
-
-class Call(NamedTuple):
-    """What is static in a call; hashable. N, K: heads.  T, S: real lengths.  span: keys per backward call."""
-
-    pattern: config.Pattern
-    scale: float
-    softcap: float | None
-    N: int
-    K: int
-    T: int
-    S: int
-    arrays: Arrays
-    sizes: Sizes
-    interpret: bool
-
-    @property
-    def fold(self) -> float:
-        """The factor folded into q: what tanh wants with a soft-cap, what exp2 wants without."""
-        return self.scale * LOG2_E if self.softcap is None else self.scale / self.softcap
-
-
-class Operands(NamedTuple):
-    """q: [B * N, T, H].  k, v: [B * K, S, H].  Segments: int32 [B, 1, T], [B, 1, S], or None. Lengths are padded."""
-
-    q: Float[Array, "BN T H"]
-    k: Float[Array, "BK S H"]
-    v: Float[Array, "BK S H"]
-    q_segment: Int[Array, "B 1 T"] | None
-    k_segment: Int[Array, "B 1 S"] | None
 
 
 def flash_tpu(
@@ -85,29 +53,10 @@ def flash_tpu(
 
     cut: block and tile sizes, None for those of the chip in the context. Raises ValueError for slot arrays.
     """
-    if mask.q_slot_BT is not None or mask.k_slot_BS is not None:
-        raise ValueError('flash_tpu: slots must be 0..T-1 and 0..S-1, got arrays; use backend="chunked"')
-    (_, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    arrays, (T, N, H), (S, K) = arrays_of(mask), q_BTNH.shape[1:], k_BSKH.shape[1:3]
     cut = sizes(T, S, H, q_BTNH.dtype) if cut is None else cut
-    arrays = Arrays(mask.q_segment_BT is not None, mask.k_segment_BS is not None, mask.prefix_B is not None)
-    call = Call(pattern, scale, softcap, N, K, T, S, arrays, cut, interpret)
-    q, k, v = _heads(q_BTNH, cut.block_q), _heads(k_BSKH, cut.block_k), _heads(v_BSKH, cut.block_k)
-    segments = _row(mask.q_segment_BT, cut.block_q), _row(mask.k_segment_BS, cut.block_k)
-    o = _attend(call, Operands(q, k, v, *segments), mask.prefix_B)
-    return o[:, :T].reshape(-1, N, T, H).transpose(0, 2, 1, 3)
-
-
-def _heads(x_BTNH: Float[Array, "B T N H"], block: int) -> Float[Array, "BN t H"]:
-    """Heads first, length padded with zeros to whole blocks."""
-    B, T, N, H = x_BTNH.shape
-    x = jnp.pad(x_BTNH.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, -T % block), (0, 0)))
-    return x.reshape(B * N, -1, H)
-
-
-def _row(segment_BT: Int[Array, "B T"] | None, block: int) -> Int[Array, "B 1 t"] | None:
-    if segment_BT is None:
-        return None
-    return jnp.pad(segment_BT.astype(jnp.int32), ((0, 0), (0, -segment_BT.shape[1] % block)))[:, None]
+    call = Call(pattern, scale, softcap, N, K, T, S, cut.block_q, cut.block_k, arrays, interpret)
+    return result(call, _attend(call, cut, operands(call, q_BTNH, k_BSKH, v_BSKH, mask), mask.prefix_B))
 
 
 # ------------------------------------------------------------------------------------------------ what a call visits
@@ -122,12 +71,8 @@ class Guide(NamedTuple):
     prefix: Any
 
 
-def _guide(call: Call, plan: Schedule, shape: Shape, x: Operands, prefix: Array | None) -> Guide:
-    at = None
-    if any(call.arrays):
-        rows = [None if s is None else s[:, 0] for s in (x.q_segment, x.k_segment)]
-        at = Names(None, None, *rows, prefix)  # type: ignore[arg-type]  # slots are implied
-    code, fetch = choose(plan, shape, at)
+def _guide(call: Call, plan: Schedule, tile: Tile, x: Operands, prefix: Array | None) -> Guide:
+    code, fetch = codes(call, plan, call.shape(tile.q, tile.k), x, prefix)
     prefix = jnp.zeros(1, jnp.int32) if prefix is None else prefix.astype(jnp.int32)
     return Guide(jnp.asarray(plan.visits.q), fetch.ravel(), code.ravel(), prefix)
 
@@ -149,7 +94,7 @@ def _flat(call: Call, visits: int, head: Any, visit: Any) -> Any:
 
 def _layout(call: Call, H: int, visits: int, place: Callable[..., tuple[Any, Any]]) -> Layout:
     """place: grid indices -> (query head in B * N, visit). Index maps get the grid's indices, then the guide."""
-    bq, bk, G = call.sizes.block_q, call.sizes.block_k, call.N // call.K
+    bq, bk, G = call.block_q, call.block_k, call.N // call.K
 
     def query(grid: tuple[Any, ...]) -> tuple[Any, Any]:
         head, visit = place(*grid[:-4])
@@ -240,43 +185,27 @@ def _compute(
         pl.when(step.code >> 2 == number)(partial(body, variant))
 
 
-def _hide(call: Call, step: Step, x: Operands, tile: Any, a: int, b: int, s: Array) -> Array:
-    """Scores [keys, queries] of tile (a, b) with MASKED where the pair may not meet."""
-    q = lax.broadcasted_iota(jnp.int32, s.shape, 1) + (step.query * call.sizes.block_q + a * tile.q)
-    k = lax.broadcasted_iota(jnp.int32, s.shape, 0) + (step.key * call.sizes.block_k + b * tile.k)
-    ok = allowed(call.pattern, q, k)
-    if call.arrays.prefix:
-        ok = ok | (k < step.prefix)
-    if call.S % call.sizes.block_k:
-        ok = ok & (k < call.S)
+def _hide(call: Call, step: Step, q_segment: Any, tile: Tile, place: tuple[int, int], s: Array) -> Array:
+    """Scores [keys, queries] of the tile at `place`, with MASKED where the pair may not meet."""
+    a, b = place
+    q = lax.broadcasted_iota(jnp.int32, s.shape, 1) + (step.query * call.block_q + a * tile.q)
+    k = lax.broadcasted_iota(jnp.int32, s.shape, 0) + (step.key * call.block_k + b * tile.k)
+    column = row = None
     if call.arrays.k_segment:
         column = step.column[pl.ds(b * tile.k, tile.k), :]
         column = jnp.concatenate([column] * (tile.q // column.shape[1]), axis=1)
-        ok = ok & (column != 0)
-        if x.q_segment is not None:
-            ok = ok & (column == x.q_segment[:, pl.ds(a * tile.q, tile.q)])
-    return jnp.where(ok, s, MASKED)
-
-
-def _dot(call: Call, a: Array, b: Array, dims: Any = (((1,), (0,)), ((), ()))) -> Float[Array, "m n"]:
-    return lax.dot_general(a, b, dims, precision=precision(a.dtype), preferred_element_type=jnp.float32)
-
-
-def _scores(call: Call, raw: Array) -> tuple[Array, Array | None]:
-    """Scores times log2(e) from folded dot products, and tanh where there is a soft-cap."""
-    if call.softcap is None:
-        return raw, None
-    t = jnp.tanh(raw)
-    return t * (call.softcap * LOG2_E), t
+    if q_segment is not None:
+        row = q_segment[:, pl.ds(a * tile.q, tile.q)]
+    return jnp.where(may_meet(call, q, k, step.prefix, row, column), s, MASKED)
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-def _forward_kernel(call: Call, plan: Schedule, *refs: Any) -> None:
+def _forward_kernel(call: Call, cut: Sizes, plan: Schedule, *refs: Any) -> None:
     """Grid (B * N, visits)."""
     guide, x, (o_ref, lse_ref, q_folded, top, total, sums, column) = _unpack(call, refs)
-    tile = call.sizes.forward
+    tile = cut.forward
     step = _step(call, guide, len(plan.visits.q), pl.program_id(0), pl.program_id(1), column)
 
     @pl.when(step.code & 1 != 0)
@@ -287,9 +216,9 @@ def _forward_kernel(call: Call, plan: Schedule, *refs: Any) -> None:
         sums[...] = jnp.zeros_like(sums)
 
     def score(a: int, b: int, masked: bool) -> tuple[Array]:
-        raw = _dot(call, x.k[pl.ds(b * tile.k, tile.k), :], q_folded[pl.ds(a * tile.q, tile.q), :], ROWS_BY_ROWS)
-        s, _ = _scores(call, raw)
-        return (_hide(call, step, x, tile, a, b, s) if masked else s,)
+        raw = dot(x.k[pl.ds(b * tile.k, tile.k), :], q_folded[pl.ds(a * tile.q, tile.q), :], ROWS_BY_ROWS)
+        s, _ = scores(call, raw)
+        return (_hide(call, step, x.q_segment, tile, (a, b), s) if masked else s,)
 
     def absorb(a: int, b: int, s: Array) -> None:
         at, old = pl.ds(a * tile.q, tile.q), top[:, pl.ds(a * tile.q, tile.q)]
@@ -298,7 +227,7 @@ def _forward_kernel(call: Call, plan: Schedule, *refs: Any) -> None:
         v = x.v[pl.ds(b * tile.k, tile.k), :]
         top[:, at] = new
         total[:, at] = total[:, at] * shrink + p.sum(0, keepdims=True)
-        sums[:, at] = sums[:, at] * shrink + _dot(call, v, p.astype(v.dtype), COLUMNS_BY_COLUMNS)
+        sums[:, at] = sums[:, at] * shrink + dot(v, p.astype(v.dtype), COLUMNS_BY_COLUMNS)
 
     _compute(plan, step, tile.ahead, x.k_segment, score, absorb)
 
@@ -310,23 +239,18 @@ def _forward_kernel(call: Call, plan: Schedule, *refs: Any) -> None:
         lse_ref[...] = jnp.where(seen, top[...] + jnp.log2(divisor), -MASKED)
 
 
-def _shape(call: Call, tile: Any) -> Shape:
-    return Shape(call.T, call.S, call.sizes.block_q, call.sizes.block_k, tile.q, tile.k)
-
-
 def _column(call: Call) -> Any:
-    return pltpu.VMEM((call.sizes.block_k, 128) if call.arrays.k_segment else (8, 128), jnp.int32)
+    return pltpu.VMEM((call.block_k, 128) if call.arrays.k_segment else (8, 128), jnp.int32)
 
 
-def _params(call: Call, *semantics: str) -> Any:
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=call.sizes.vmem)
+def _params(cut: Sizes, *semantics: str) -> Any:
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=cut.vmem)
 
 
-def _forward(call: Call, x: Operands, prefix: Array | None) -> tuple[Array, tuple[Any, ...]]:
-    shape = _shape(call, call.sizes.forward)
-    plan = schedule(call.pattern, shape, call.arrays)
-    guide = _guide(call, plan, shape, x, prefix)
-    (heads, T, H), bq, visits = x.q.shape, call.sizes.block_q, len(plan.visits.q)
+def _forward(call: Call, cut: Sizes, x: Operands, prefix: Array | None) -> tuple[Array, tuple[Any, ...]]:
+    plan = schedule(call.pattern, call.shape(cut.forward.q, cut.forward.k), call.arrays)
+    guide = _guide(call, plan, cut.forward, x, prefix)
+    (heads, T, H), bq, visits = x.q.shape, call.block_q, len(plan.visits.q)
     layout = _layout(call, H, visits, lambda head, visit: (head, visit))
     specs, arrays = _inputs(call, layout, x)
     scratch = [
@@ -337,7 +261,7 @@ def _forward(call: Call, x: Operands, prefix: Array | None) -> tuple[Array, tupl
         _column(call),
     ]
     o, lse = pl.pallas_call(
-        partial(_forward_kernel, call, plan),
+        partial(_forward_kernel, call, cut, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(heads, visits),
@@ -346,7 +270,7 @@ def _forward(call: Call, x: Operands, prefix: Array | None) -> tuple[Array, tupl
             scratch_shapes=scratch,
         ),
         out_shape=[jax.ShapeDtypeStruct(x.q.shape, x.q.dtype), jax.ShapeDtypeStruct((heads, 1, T), jnp.float32)],
-        compiler_params=_params(call, "parallel", "arbitrary"),
+        compiler_params=_params(cut, "parallel", "arbitrary"),
         interpret=call.interpret,
         name="flash_forward",
     )(*guide, *arrays)
@@ -356,13 +280,13 @@ def _forward(call: Call, x: Operands, prefix: Array | None) -> tuple[Array, tupl
 # ------------------------------------------------------------------------------------------------------------ backward
 
 
-def _backward_kernel(call: Call, plan: Schedule, first_key: int, more: bool, *refs: Any) -> None:
+def _backward_kernel(call: Call, cut: Sizes, plan: Schedule, first_key: int, more: bool, *refs: Any) -> None:
     """Grid (B * K, G, visits). more: the gradient of q continues that of another span of keys."""
     guide, x, rest = _unpack(call, refs)
     do_ref, o_ref, lse_ref, *rest = rest
     so_far, rest = (rest[0], rest[1:]) if more else (None, rest)
     dq_ref, dk_ref, dv_ref, q_folded, delta, dq, dk, dv, column = rest
-    tile, (kv_head, g, visit) = call.sizes.backward, map(pl.program_id, range(3))
+    tile, (kv_head, g, visit) = cut.backward, map(pl.program_id, range(3))
     visits, G = len(plan.visits.q), call.N // call.K
     step = _step(call, guide, visits, kv_head * G + g, visit, column)
 
@@ -379,20 +303,20 @@ def _backward_kernel(call: Call, plan: Schedule, first_key: int, more: bool, *re
 
     def score(a: int, b: int, masked: bool) -> tuple[Array, ...]:
         at, keys = pl.ds(a * tile.q, tile.q), pl.ds(b * tile.k, tile.k)
-        s, t = _scores(call, _dot(call, x.k[keys, :], q_folded[at, :], ROWS_BY_ROWS))
-        dp = _dot(call, x.v[keys, :], do_ref[at, :], ROWS_BY_ROWS)
-        return _hide(call, step, x, tile, a, b, s) if masked else s, dp, t
+        s, t = scores(call, dot(x.k[keys, :], q_folded[at, :], ROWS_BY_ROWS))
+        dp = dot(x.v[keys, :], do_ref[at, :], ROWS_BY_ROWS)
+        return _hide(call, step, x.q_segment, tile, (a, b), s) if masked else s, dp, t
 
     def absorb(a: int, b: int, s: Array, dp: Array, t: Array | None) -> None:
         at, keys = pl.ds(a * tile.q, tile.q), pl.ds(b * tile.k, tile.k)
-        start = (step.key - first_key) * call.sizes.block_k + b * tile.k
+        start = (step.key - first_key) * call.block_k + b * tile.k
         rows = pl.ds(pl.multiple_of(start, tile.k), tile.k)
         p = jnp.exp2(s - lse_ref[:, at])
         ds = p * (dp - delta[:, at])
         ds = (ds if t is None else ds * (1 - t * t)).astype(q_folded.dtype)
-        dv[rows, :] += _dot(call, p.astype(do_ref.dtype), do_ref[at, :])
-        dk[rows, :] += _dot(call, ds, q_folded[at, :])
-        dq[:, at] += _dot(call, x.k[keys, :], ds, COLUMNS_BY_COLUMNS)
+        dv[rows, :] += dot(p.astype(do_ref.dtype), do_ref[at, :])
+        dk[rows, :] += dot(ds, q_folded[at, :])
+        dq[:, at] += dot(x.k[keys, :], ds, COLUMNS_BY_COLUMNS)
 
     _compute(plan, step, tile.ahead, x.k_segment, score, absorb)
 
@@ -407,15 +331,21 @@ def _backward_kernel(call: Call, plan: Schedule, first_key: int, more: bool, *re
         dv_ref[...] = dv[...].astype(dv_ref.dtype)
 
 
-def _span(
-    call: Call, saved: tuple[Any, ...], do: Array, keys: tuple[int, int], so_far: Array | None, last: bool
-) -> Any:
-    """(dq, dk, dv) of key blocks keys[0] .. keys[1] - 1; dq continues `so_far` in float32 until the last span."""
+class Span(NamedTuple):
+    """Key blocks start .. stop - 1; the last span gives dq in its final dtype."""
+
+    start: int
+    stop: int
+    last: bool
+
+
+def _span(call: Call, cut: Sizes, saved: tuple[Any, ...], do: Array, keys: Span, so_far: Array | None) -> Any:
+    """(dq, dk, dv) of a span of keys; dq continues `so_far`."""
     x, prefix, o, lse = saved
-    shape, bk, bq, G = _shape(call, call.sizes.backward), call.sizes.block_k, call.sizes.block_q, call.N // call.K
-    plan = schedule(call.pattern, shape, call.arrays, keys)
-    guide = _guide(call, plan, shape, x, prefix)
-    (_, _, H), kv_heads, visits, span = x.q.shape, x.k.shape[0], len(plan.visits.q), (keys[1] - keys[0]) * bk
+    bk, bq, G = call.block_k, call.block_q, call.N // call.K
+    plan = schedule(call.pattern, call.shape(cut.backward.q, cut.backward.k), call.arrays, keys[:2])
+    guide = _guide(call, plan, cut.backward, x, prefix)
+    H, kv_heads, visits, span = x.q.shape[2], x.k.shape[0], len(plan.visits.q), (keys.stop - keys.start) * bk
     layout = _layout(call, H, visits, lambda kv_head, g, visit: (kv_head * G + g, visit))
     specs, arrays = _inputs(call, layout, x)
     whole = pl.BlockSpec((None, span, H), lambda kv_head, *_: (kv_head, 0, 0))
@@ -430,7 +360,7 @@ def _span(
         _column(call),
     ]
     return pl.pallas_call(
-        partial(_backward_kernel, call, plan, keys[0], bool(more)),
+        partial(_backward_kernel, call, cut, plan, keys.start, bool(more)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(kv_heads, G, visits),
@@ -438,27 +368,27 @@ def _span(
             out_specs=[layout.q, whole, whole],
             scratch_shapes=scratch,
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.q.shape, x.q.dtype if last else jnp.float32), whole_shape, whole_shape],
-        compiler_params=_params(call, "parallel", "arbitrary", "arbitrary"),
+        out_shape=[jax.ShapeDtypeStruct(x.q.shape, x.q.dtype if keys.last else jnp.float32), whole_shape, whole_shape],
+        compiler_params=_params(cut, "parallel", "arbitrary", "arbitrary"),
         interpret=call.interpret,
         name="flash_backward",
     )(*guide, *arrays, do, o, lse, *more)
 
 
-def _backward(call: Call, saved: tuple[Any, ...], do: Array) -> tuple[Operands, None]:
-    blocks, step = saved[0].k.shape[1] // call.sizes.block_k, call.sizes.span // call.sizes.block_k
+def _backward(call: Call, cut: Sizes, saved: tuple[Any, ...], do: Array) -> tuple[Operands, None]:
+    blocks, step = saved[0].k.shape[1] // call.block_k, cut.span // call.block_k
     dq, dks, dvs = None, [], []
     for start in range(0, blocks, step):
-        keys = (start, min(start + step, blocks))
-        dq, dk, dv = _span(call, saved, do, keys, dq, last=keys[1] == blocks)
+        keys = Span(start, min(start + step, blocks), start + step >= blocks)
+        dq, dk, dv = _span(call, cut, saved, do, keys, dq)
         dks.append(dk)
         dvs.append(dv)
     return Operands(dq, jnp.concatenate(dks, 1), jnp.concatenate(dvs, 1), None, None), None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: Call, x: Operands, prefix: Array | None) -> Float[Array, "BN T H"]:
-    return _forward(call, x, prefix)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(call: Call, cut: Sizes, x: Operands, prefix: Array | None) -> Float[Array, "BN T H"]:
+    return _forward(call, cut, x, prefix)[0]
 
 
 _attend.defvjp(_forward, _backward)

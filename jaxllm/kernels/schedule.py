@@ -158,21 +158,23 @@ def choose(plan: Schedule, shape: Shape, at: Names | None) -> tuple[Int[Array, "
     if at is None:
         return jnp.asarray(4 * visits.variant + visits.edge)[None], jnp.asarray(visits.k)[None]
     skip, plain = _run_time(visits, shape, at)
-    variant = jnp.where(skip | (visits.variant == SKIP), SKIP, jnp.where(plain, PLAIN, visits.variant))
+    masked = jnp.asarray(visits.variant)[None]
+    variant = jnp.where(skip | (masked == SKIP), SKIP, jnp.where(plain, PLAIN, masked))
     live = variant != SKIP
-    order = jnp.arange(len(visits.q))
+    order = jnp.arange(len(visits.q))[None]
     latest = lax.cummax(jnp.where(live, order, -1), axis=1)
     source = jnp.where(latest >= 0, latest, jnp.argmax(live, axis=1, keepdims=True))
-    return (4 * variant + visits.edge).astype(jnp.int32), jnp.asarray(visits.k)[source]
+    return (4 * variant + visits.edge[None]).astype(jnp.int32), jnp.asarray(visits.k)[source]
 
 
 def _run_time(visits: Visits, shape: Shape, at: Names) -> tuple[Bool[Array, "B n"], Bool[Array, "B n"]]:
     """Visits that the arrays empty, and those in which every pair may meet."""
-    skip, plain = jnp.zeros((1, 1), bool), jnp.asarray(visits.kind == Kind.FULL)[None]
+    kind = jnp.asarray(visits.kind)[None]
+    skip, plain = jnp.zeros((1, 1), bool), kind == Kind.FULL
     if at.prefix_B is not None:
-        start = visits.k * shape.block_k
+        start = visits.k[None] * shape.block_k
         prefix = at.prefix_B[:, None]
-        skip = jnp.asarray(visits.kind == Kind.EMPTY) & (start >= prefix)
+        skip = (kind == Kind.EMPTY) & (start >= prefix)
         plain = plain | ((start + shape.block_k <= prefix) & (start + shape.block_k <= shape.S))
     if at.k_segment_BS is not None:
         k_low, k_high, k_pure = (x[:, visits.k] for x in _segment_range(at.k_segment_BS, shape.block_k))

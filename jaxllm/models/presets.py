@@ -52,4 +52,6 @@ def toy(spec: Transformer, *, dim: int = 48, vocab: int = 97, window: int = 5, r
 
     stacks = tuple(Stack(tuple(map(small, s.pattern)), min(repeats, s.repeats)) for s in spec.stacks)
     learned = None if spec.embed_position is None else replace(spec.embed_position, length=64)
-    return replace(spec, vocab=vocab, dim=dim, stacks=stacks, context=64, embed_position=learned, name=f"toy_{spec.name}")
+    scale = None if spec.embed_scale is None else dim**0.5
+    toy_spec = replace(spec, vocab=vocab, dim=dim, stacks=stacks, context=64, name=f"toy_{spec.name}")
+    return replace(toy_spec, embed_position=learned, embed_scale=scale)

@@ -134,11 +134,15 @@ def _attend_cached(
     if cache.ring and inputs.prefix_B is not None:
         raise ValueError("attention: a prefix is seen from everywhere, a ring cache forgets it; init it with ring=False")
     segment_BT = jnp.ones_like(inputs.slot_BT) if inputs.segment_BT is None else inputs.segment_BT
-    old_k, old_v = cache.k[index].astype(q_BTNH.dtype), cache.v[index].astype(q_BTNH.dtype)
+    # XLA on CPU lacks batched dots of two bf16 arrays with a float32 result (UNIMPLEMENTED at run time).
+    few, plain = q_BTNH.shape[1] <= DECODE_QUERIES, resolve_backend(runtime) in ("reference", "chunked")
+    dtype = jnp.float32 if few and plain else q_BTNH.dtype
+    old_k, old_v = cache.k[index].astype(dtype), cache.v[index].astype(dtype)
     old = Mask(inputs.slot_BT, cache.slot_BS, segment_BT, cache.segment_BS, inputs.prefix_B)
     new = Mask(inputs.slot_BT, inputs.slot_BT, segment_BT, segment_BT, inputs.prefix_B)
-    if q_BTNH.shape[1] <= DECODE_QUERIES:
-        return _decode(cfg, q_BTNH, ((old_k, old_v, old), (k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), new)), pattern)
+    if few:
+        new_k, new_v = (x.swapaxes(1, 2).astype(dtype) for x in (k_BTKH, v_BTKH))
+        return _decode(cfg, q_BTNH, ((old_k, old_v, old), (new_k, new_v, new)), pattern)
     joined = old.replace(
         k_slot_BS=jnp.concatenate([cache.slot_BS, inputs.slot_BT], 1),
         k_segment_BS=jnp.concatenate([cache.segment_BS, segment_BT], 1),
@@ -154,6 +158,7 @@ def _decode(
     """softmax over the keys of all parts at once; scores are small since T is."""
     B, T, N, H = q_BTNH.shape
     q_BTKGH = (q_BTNH * scale_of(cfg)).reshape(B, T, cfg.kv_heads, N // cfg.kv_heads, H)
+    q_BTKGH = q_BTKGH.astype(parts[0][0].dtype)
     scores = []
     for k, _, mask in parts:
         s = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32)

@@ -14,7 +14,7 @@ from jaxllm.config import Linear, Llama3, Rope
 from jaxllm.convert.gguf import load_gguf, open_gguf, spec_from_gguf
 from jaxllm.convert.gguf_blocks import FORMATS, dequantise, nbytes
 from jaxllm.convert.hf import load_folder
-from jaxllm.load import logits
+from jaxllm.model import logits
 from jaxllm.nn.position import frequencies
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -16,7 +16,7 @@ from jaxllm.convert.hf import eos_ids, load_folder, save_folder
 from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.data.tokenizer import load as load_tokenizer
 from jaxllm.data.train_tokenizer import train_tokenizer
-from jaxllm.load import logits
+from jaxllm.model import logits
 from jaxllm.models.common import classic, modern
 from jaxllm.models.families import FAMILIES, family_of_spec, spec_of_config
 from jaxllm.models.presets import PRESETS

@@ -1,4 +1,4 @@
-"""Attention and its gradient as naive float64 numpy: one query row at a time, keys picked by indexing, no mask value."""
+"""Attention and its gradient as naive float64 numpy: a query at a time, keys picked by indexing, no mask value."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from jaxllm import serial
 from jaxllm.convert.hf import load_folder
 from jaxllm.data.train_tokenizer import train_tokenizer
 from jaxllm.experiment import Data, Experiment, Source
-from jaxllm.load import GGUFFile, HuggingFaceFolder, Run, load, locate, logits, spec_of
+from jaxllm.model import GGUFFile, HuggingFaceFolder, Run, load, locate, logits, spec_of
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.params import init, map_params
 from jaxllm.records import TrainState
