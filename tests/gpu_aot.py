@@ -1,14 +1,14 @@
-"""Compile for an NVIDIA H100 or A100 on a machine with neither GPU nor driver; run as a child process.
+"""Compile for an NVIDIA H100 or A100 on a machine with neither GPU nor driver, in a child process.
 
-Needs the wheels jax-cuda12-plugin and jax-cuda12-pjrt of JAX's own version, and nothing else of CUDA.
+    ptx = compile_gpu(fn, args, "h100")
+
+Needs the wheels jax-cuda12-plugin and jax-cuda12-pjrt of JAX's own version, and nothing else of CUDA. Functions and
+arguments travel by pickle, as in `tpu_aot`. A kernel that spills a register is an error.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,9 +47,34 @@ GPUS = {
 }
 
 
-def compile_gpu(fn: Callable[..., Any], args: tuple[Any, ...], gpu: str) -> dict[str, Any]:
-    """What came of compiling jit(fn)(*args): HLO text and the executable's bytes. Only in a fresh process."""
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+def available() -> bool:
+    """Whether the wheels are installed."""
+    return all(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_plugins.xla_cuda12"))
+
+
+def compile_gpu(fn: Callable[..., Any], args: tuple[Any, ...], gpu: str, timeout: float = 600) -> str:
+    """The PTX of jit(fn)(*args). Raises AssertionError with the compiler's message when it does not compile."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder, "job")
+        job.write_bytes(pickle.dumps((fn, args, gpu)))
+        flags = (
+            f"--xla_dump_to={folder}/dump --xla_dump_emitter_re=.* "
+            "--xla_gpu_fail_ptx_compilation_on_register_spilling=true"
+        )
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        }
+        child = subprocess.run(
+            [sys.executable, __file__, str(job)], env=env, check=False, capture_output=True, text=True, timeout=timeout
+        )
+        assert child.returncode == 0, child.stderr[-3000:]
+        return "\n".join(path.read_text() for path in sorted(Path(folder, "dump").glob("*.ptx")))
+
+
+def _compile(fn: Callable[..., Any], args: tuple[Any, ...], gpu: str) -> None:
     import jax
     import numpy as np
     from jax._src.mesh import AbstractDevice
@@ -63,5 +88,8 @@ def compile_gpu(fn: Callable[..., Any], args: tuple[Any, ...], gpu: str) -> dict
     device = AbstractDevice(device_kind=target.kind, num_cores=target.cores, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        compiled = jax.jit(fn).lower(*args).compile()
-    return {"text": compiled.as_text(), "executable": compiled.runtime_executable().serialize()}
+        jax.jit(fn).lower(*args).compile()
+
+
+if __name__ == "__main__":
+    _compile(*pickle.loads(Path(sys.argv[1]).read_bytes()))

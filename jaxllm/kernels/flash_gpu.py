@@ -28,11 +28,19 @@ from jaxllm.records import Mask
 
 
 class Blocks(NamedTuple):
-    """Block sizes in tokens, and the warps of a program."""
+    """Block sizes in tokens, powers of two, and the warps of a program."""
 
     q: int
     k: int
     warps: int
+
+
+class Cut(NamedTuple):
+    """Blocks of each kernel; those of `forward` are multiples of the others, and lengths are padded to them."""
+
+    forward: Blocks
+    dq: Blocks
+    dkv: Blocks
 
 
 class Route(NamedTuple):
@@ -48,11 +56,17 @@ class Route(NamedTuple):
     end: Any
 
 
-def blocks_for(T: int, S: int, H: int, dtype: jnp.dtype) -> Blocks:
-    """Sizes whose working set fits the registers and shared memory of an A100."""
-    wide = H * jnp.dtype(dtype).itemsize
-    q, k, warps = (128, 64, 8) if wide == 256 else (128, 64, 4) if wide <= 128 else (64, 32, 4)
-    return Blocks(min(q, _power(T)), min(k, _power(S)), warps)
+# by bytes per row of a head: found with the compiler, the largest that spill no register on H100 nor A100 (bfloat16)
+NARROW = Cut(Blocks(128, 64, 4), Blocks(64, 64, 4), Blocks(64, 64, 8))
+MEDIUM = Cut(Blocks(128, 64, 8), Blocks(64, 64, 8), Blocks(32, 64, 8))
+WIDE = Cut(Blocks(64, 32, 8), Blocks(64, 32, 4), Blocks(16, 32, 4))
+
+
+def cut_for(T: int, S: int, H: int, dtype: jnp.dtype) -> Cut:
+    """Block sizes for lengths T, S and head width H."""
+    row = H * jnp.dtype(dtype).itemsize
+    cut = NARROW if row <= 128 else MEDIUM if row <= 256 else WIDE
+    return Cut(*(Blocks(min(b.q, _power(T)), min(b.k, _power(S)), b.warps) for b in cut))
 
 
 def _power(n: int) -> int:
@@ -75,11 +89,11 @@ def flash_gpu(
     Raises ValueError when `mask` has slots as arrays.
     """
     arrays, (T, N, H), (S, K) = arrays_of(mask), q_BTNH.shape[1:], k_BSKH.shape[1:3]
-    cut = blocks_for(T, S, _power(H), q_BTNH.dtype)
-    call = Call(pattern, scale, softcap, N, K, T, S, cut.q, cut.k, arrays, interpret)
+    cut = cut_for(T, S, _power(H), q_BTNH.dtype)
+    call = Call(pattern, scale, softcap, N, K, T, S, cut.forward.q, cut.forward.k, arrays, interpret)
     widths = ((0, 0), (0, 0), (0, 0), (0, _power(H) - H))
     wide = [jnp.pad(x, widths) for x in (q_BTNH, k_BSKH, v_BSKH)]
-    o = _attend(call, cut.warps, operands(call, *wide, mask), mask.prefix_B)
+    o = _attend(call, cut, operands(call, *wide, mask), mask.prefix_B)
     return result(call, o)[..., :H]
 
 
@@ -217,7 +231,7 @@ def _dkv_kernel(call: Call, blocks: int, *refs: Any) -> None:
     given, (do_ref, lse_ref, delta_ref, dk_ref, dv_ref) = _unpack(call, refs)
     (kv_head, j), x, bq = (pl.program_id(0), pl.program_id(1)), given.x, call.block_q
     k, v, row = x.k[...], x.v[...], kv_head // call.K
-    padded = -(-call.T // bq) * bq
+    padded = x.q.shape[0] // (call.N // call.K)
 
     def one(g: Any, masked: bool, i: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         at = pl.ds(g * padded + i * bq, bq)
@@ -237,65 +251,74 @@ def _dkv_kernel(call: Call, blocks: int, *refs: Any) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- calls
+# Rows past the real length are padding: a kernel with small blocks leaves them unwritten, and nobody reads them.
 
 
-def _launch(call: Call, warps: int, name: str, kernel: Callable[..., None], grid: tuple[int, int], **io: Any) -> Any:
-    params = pltriton.CompilerParams(num_warps=warps, num_stages=2)
+def _launch(call: Call, blocks: Blocks, kernel: Callable[..., None], grid: tuple[int, int], **io: Any) -> Any:
+    params = pltriton.CompilerParams(num_warps=blocks.warps, num_stages=2)
+    name = "flash" + kernel.__name__.removesuffix("_kernel")
     return pl.pallas_call(
         partial(kernel, call, grid[1]), grid=grid, compiler_params=params, interpret=call.interpret, name=name, **io
     )
 
 
+def _by(call: Call, blocks: Blocks) -> Call:
+    return call._replace(block_q=blocks.q, block_k=blocks.k)
+
+
 def _by_query(call: Call, x: Operands) -> tuple[tuple[int, int], pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
     """Grid, and specs of q, of k and v, of a statistic, for a kernel that owns a query block."""
-    (heads, T, H), S, G = x.q.shape, x.k.shape[1], call.N // call.K
+    (heads, _, H), S, G = x.q.shape, x.k.shape[1], call.N // call.K
     q = pl.BlockSpec((None, call.block_q, H), lambda h, i: (h, i, 0))
     kv = pl.BlockSpec((None, S, H), lambda h, _: (h // G, 0, 0))
-    return (heads, T // call.block_q), q, kv, pl.BlockSpec((None, call.block_q), lambda h, i: (h, i))
+    return (heads, -(-call.T // call.block_q)), q, kv, pl.BlockSpec((None, call.block_q), lambda h, i: (h, i))
 
 
-def _forward(call: Call, warps: int, x: Operands, prefix: Array | None) -> tuple[Array, tuple[Any, ...]]:
+def _forward(call: Call, cut: Cut, x: Operands, prefix: Array | None) -> tuple[Array, tuple[Any, ...]]:
     grid, q, kv, statistic = _by_query(call, x)
     specs, arrays = _inputs(_given(call, x, prefix), (q, kv), call.N)
+    shapes = [jax.ShapeDtypeStruct(x.q.shape, x.q.dtype), jax.ShapeDtypeStruct(x.q.shape[:2], jnp.float32)]
     o, lse = _launch(
-        call, warps, "flash_forward", _forward_kernel, grid,
-        in_specs=specs, out_specs=[q, statistic],
-        out_shape=[jax.ShapeDtypeStruct(x.q.shape, x.q.dtype), jax.ShapeDtypeStruct(x.q.shape[:2], jnp.float32)],
-    )(*arrays)  # fmt: skip
+        call, cut.forward, _forward_kernel, grid, in_specs=specs, out_specs=[q, statistic], out_shape=shapes
+    )(*arrays)
     return o, (x, prefix, o, lse)
 
 
-def _backward(call: Call, warps: int, saved: tuple[Any, ...], do: Array) -> tuple[Operands, None]:
+def _backward(call: Call, cut: Cut, saved: tuple[Any, ...], do: Array) -> tuple[Operands, None]:
     x, prefix, o, lse = saved
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1)
-    grid, q, kv, statistic = _by_query(call, x)
-    specs, arrays = _inputs(_given(call, x, prefix), (q, kv), call.N)
-    dq = _launch(
-        call, warps, "flash_dq", _dq_kernel, grid,
-        in_specs=[*specs, q, statistic, statistic], out_specs=q, out_shape=jax.ShapeDtypeStruct(x.q.shape, x.q.dtype),
-    )(*arrays, do, lse, delta)  # fmt: skip
-    dk, dv = _dkv(call, warps, x, prefix, (do, lse, delta))
+    out = do, lse, delta
+    dq = _dq(_by(call, cut.dq), cut.dq, x, prefix, out)
+    dk, dv = _dkv(_by(call, cut.dkv), cut.dkv, x, prefix, out)
     return Operands(dq, dk, dv, None, None), None
 
 
-def _dkv(call: Call, warps: int, x: Operands, prefix: Array | None, out: tuple[Array, Array, Array]) -> Any:
-    heads, S, H = x.k.shape
-    q, do, lse, delta = (a.reshape(heads, -1, *a.shape[2:]) for a in (x.q, *out))
+def _dq(call: Call, blocks: Blocks, x: Operands, prefix: Array | None, out: tuple[Array, Array, Array]) -> Array:
+    grid, q, kv, statistic = _by_query(call, x)
+    specs, arrays = _inputs(_given(call, x, prefix), (q, kv), call.N)
+    specs = [*specs, q, statistic, statistic]
+    shape = jax.ShapeDtypeStruct(x.q.shape, x.q.dtype)
+    return _launch(call, blocks, _dq_kernel, grid, in_specs=specs, out_specs=q, out_shape=shape)(*arrays, *out)
+
+
+def _dkv(call: Call, blocks: Blocks, x: Operands, prefix: Array | None, out: tuple[Array, Array, Array]) -> Any:
+    heads, _, H = x.k.shape
+    q, *out = (a.reshape(heads, -1, *a.shape[2:]) for a in (x.q, *out))
     every = pl.BlockSpec((None, *q.shape[1:]), lambda h, _: (h, 0, 0))
     statistic = pl.BlockSpec((None, q.shape[1]), lambda h, _: (h, 0))
     own = pl.BlockSpec((None, call.block_k, H), lambda h, j: (h, j, 0))
     given = _given(call, x, prefix, by_key=True)
     specs, arrays = _inputs(given._replace(x=x._replace(q=q)), (every, own), call.K)
-    return _launch(
-        call, warps, "flash_dkv", _dkv_kernel, (heads, S // call.block_k),
-        in_specs=[*specs, every, statistic, statistic], out_specs=[own, own],
-        out_shape=[jax.ShapeDtypeStruct(x.k.shape, x.k.dtype)] * 2,
-    )(*arrays, do, lse, delta)  # fmt: skip
+    specs, grid = [*specs, every, statistic, statistic], (heads, -(-call.S // call.block_k))
+    shapes = [jax.ShapeDtypeStruct(x.k.shape, x.k.dtype)] * 2
+    return _launch(call, blocks, _dkv_kernel, grid, in_specs=specs, out_specs=[own, own], out_shape=shapes)(
+        *arrays, *out
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(call: Call, warps: int, x: Operands, prefix: Array | None) -> Float[Array, "BN T H"]:
-    return _forward(call, warps, x, prefix)[0]
+def _attend(call: Call, cut: Cut, x: Operands, prefix: Array | None) -> Float[Array, "BN T H"]:
+    return _forward(call, cut, x, prefix)[0]
 
 
 _attend.defvjp(_forward, _backward)

@@ -177,7 +177,8 @@ def _run_time(visits: Visits, shape: Shape, at: Names) -> tuple[Bool[Array, "B n
         skip = (kind == Kind.EMPTY) & (start >= prefix)
         plain = plain | ((start + shape.block_k <= prefix) & (start + shape.block_k <= shape.S))
     if at.k_segment_BS is not None:
-        k_low, k_high, k_pure = (x[:, visits.k] for x in _segment_range(at.k_segment_BS, shape.block_k))
+        k_range = _segment_range(at.k_segment_BS, shape.block_k)
+        k_low, k_high, k_pure = (x[:, visits.k] for x in k_range)
         skip, plain = skip | (k_high == 0), plain & k_pure
         if at.q_segment_BT is not None:
             q_low, q_high, q_pure = (x[:, visits.q] for x in _segment_range(at.q_segment_BT, shape.block_q))
