@@ -25,12 +25,13 @@ from jaxtyping import Array, Float, Int
 from jaxllm import cache
 from jaxllm import params as trees
 from jaxllm.cache import Caches
-from jaxllm.config import Transformer
+from jaxllm.config import Block, Transformer
 from jaxllm.decode.rules import GREEDY, Past, Sampling
+from jaxllm.leaves import Weight, matrix
 from jaxllm.records import Inputs, Output, Params
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import constrain, use
-from jaxllm.transformer import forward, logits, transformer_params
+from jaxllm.transformer import block_params, forward, logits, transformer_params
 
 CHUNK = (
     1024  # prompt tokens fed at once; a longer prompt goes through in a loop, since its rows are as large as its cache
@@ -102,14 +103,38 @@ class Generation:
 
 
 def prepare(params: Params, spec: Transformer, runtime: Runtime) -> Params:
-    """The same weights, laid out once for decoding: in the compute dtype and, on a CPU, every layer on its own.
+    """The same weights, laid out once for decoding: in the compute dtype and, on a CPU, layer by layer as `Matrix`.
 
     Optional, and idempotent. Costs one copy of the weights, and saves casting (and on CPU copying) them at every token.
     """
-    if runtime.layout is not None:
+    if runtime.layout is not None or _prepared(params):
         return params
-    ready = use(transformer_params(spec), params, None, runtime.compute_dtype) if not _listed(params) else params
-    return trees.unstack(ready) if jax.default_backend() == "cpu" and not _listed(params) else ready
+    tree = transformer_params(spec)
+    ready = use(tree, params, None, runtime.compute_dtype)
+    if jax.default_backend() != "cpu":
+        return ready
+    ready = trees.unstack(ready)
+    stacks = {
+        s: {b: [_flat(spec.stacks[int(s)].pattern[int(b)], spec.dim, p) for p in layers] for b, layers in stack.items()}
+        for s, stack in ready["stacks"].items()
+    }
+    embed = ready["embed"] | {"tokens": matrix(ready["embed"]["tokens"], 1)}
+    head = {"head": ready["head"] | {"kernel": matrix(ready["head"]["kernel"], 1)}} if not spec.tied else {}
+    return ready | head | {"embed": embed, "stacks": stacks}
+
+
+def _flat(cfg: Block, dim: int, layer: Params) -> Params:
+    """One layer with its kernels as matrices: [embed, ...] or [..., embed]."""
+
+    def one(path: tuple[Any, ...], p: trees.Param, w: Weight) -> Weight:
+        kernel = trees.path_name(path).endswith("kernel")
+        return matrix(w, 1 if p.axes[0] == "embed" else len(p.axes) - 1) if kernel else w
+
+    return jax.tree_util.tree_map_with_path(one, block_params(cfg, dim, 1.0), layer, is_leaf=trees.is_param)
+
+
+def _prepared(params: Params) -> bool:
+    return any(isinstance(block, list) for stack in params["stacks"].values() for block in stack.values())
 
 
 def generate(
@@ -307,7 +332,3 @@ def _collect(state: State, width: int) -> Generation:
     real_BT = i_1T < length_B[:, None]
     tokens_BT = jnp.where(real_BT, jnp.take_along_axis(past.tokens_BS, at_BT, 1), 0)
     return Generation(tokens_BT, length_B, jnp.where(real_BT, jnp.take_along_axis(state.logprob_BS, at_BT, 1), 0.0))
-
-
-def _listed(params: Params) -> bool:
-    return any(isinstance(block, list) for stack in params["stacks"].values() for block in stack.values())
