@@ -8,7 +8,12 @@ arguments travel by pickle, as in `tpu_aot`. A kernel that spills a register is 
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import pickle
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +54,7 @@ GPUS = {
 
 def available() -> bool:
     """Whether the wheels are installed."""
-    return all(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_plugins.xla_cuda12"))
+    return all(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_plugins"))
 
 
 def compile_gpu(fn: Callable[..., Any], args: tuple[Any, ...], gpu: str, timeout: float = 600) -> str:

@@ -57,7 +57,7 @@ class Route(NamedTuple):
 
 
 # by bytes per row of a head: found with the compiler, the largest that spill no register on H100 nor A100 (bfloat16)
-NARROW = Cut(Blocks(128, 64, 4), Blocks(64, 64, 4), Blocks(64, 64, 8))
+NARROW = Cut(Blocks(128, 64, 4), Blocks(64, 64, 4), Blocks(32, 64, 8))
 MEDIUM = Cut(Blocks(128, 64, 8), Blocks(64, 64, 8), Blocks(32, 64, 8))
 WIDE = Cut(Blocks(64, 32, 8), Blocks(64, 32, 4), Blocks(16, 32, 4))
 

@@ -156,3 +156,16 @@ def test_errors_name_the_cure():
         attention(q, q[:, :, :2], q[:, :, :2], FULL, Mask(), scale=1.0)
     with pytest.raises(ValueError, match=r"wants q \[B, T, N, H\]"):
         attention(q, q, q[:, 1:], FULL, Mask(), scale=1.0)
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+def test_the_op_reaches_the_kernels(backend):
+    """By its public name, with the chip's own block sizes; slots as arrays fall back to plain JAX."""
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((1, 300, n, 64)), jnp.float32) for n in (2, 1))
+    op = partial(attention, q, k, k, CAUSAL, scale=0.125, interpret=True)
+    want = op(Mask(), backend="chunked")
+    np.testing.assert_allclose(op(Mask(), backend=backend), want, atol=5e-6)
+    slots = jnp.arange(300, dtype=jnp.int32)[None]
+    np.testing.assert_array_equal(op(Mask(q_slot_BT=slots, k_slot_BS=slots), backend=backend), want)
+    assert "pallas_call" in str(jax.make_jaxpr(lambda: op(Mask(), backend=backend))())
