@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_vs_torch.py MODEL_DIR --torch-python PY --bench-torch bench_torch.py [--rounds 3]
 
-MODEL_DIR is a Hugging Face folder that both sides read. PY is a Python with torch and transformers; bench_torch.py takes
+MODEL_DIR is a Hugging Face folder that both sides read. PY is a Python with torch and transformers; bench_torch takes
 `MODEL_DIR MODE --dtypes D --threads N --reps R --out FILE` and writes JSON with a list `results` of `name` and
 `tok_s_best`. About 3 minutes per round on 2 idle cores. The two take turns, since a shared machine's speed drifts; the
 printed ratio of each row is the median over rounds of (our best dtype / its best dtype).
@@ -30,9 +30,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm import model as models, params as trees
-from jaxllm.decode.sample import Feed, Program, bucket, fill, generate, prepare
+from jaxllm import model as models
 from jaxllm.decode.rules import Sampling
+from jaxllm.decode.sample import Feed, Program, bucket, fill, generate, layered, prepare
 from jaxllm.experiment import Optimizer
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.records import Batch
@@ -78,7 +78,10 @@ def one_round(args: argparse.Namespace, mode: str) -> dict[str, dict[str, dict[s
     mine = [sys.executable, __file__, *common, "--modes", mode]
     found = {"torch": {}, "ours": child([*mine, "--ours"])}
     for result in child([*torch, "--out"])["results"]:
-        name, dtype = result["name"], "bfloat16" if "bf16" in result["name"] or "bfloat16" in result["name"] else "float32"
+        name, dtype = (
+            result["name"],
+            "bfloat16" if "bf16" in result["name"] or "bfloat16" in result["name"] else "float32",
+        )
         row = next((r for r in ROWS if name.startswith(r)), None)
         if row is not None and "all logits" not in name:
             best = found["torch"].setdefault(row, {})
@@ -101,7 +104,9 @@ def show(rounds: list[dict[str, Any]], console: Console) -> None:
     for row in ROWS:
         seen = [r for r in rounds if row in r["ours"] and row in r["torch"]]
         if seen:
-            cells = [max(r[who][row].get(d, 0) for r in seen) for who in ("ours", "torch") for d in ("float32", "bfloat16")]
+            cells = [
+                max(r[who][row].get(d, 0) for r in seen) for who in ("ours", "torch") for d in ("float32", "bfloat16")
+            ]
             # A training row compares fp32 with fp32: that is the issue's bar; the others each side's best dtype.
             pick = (lambda by: by["float32"]) if row.startswith("train") else (lambda by: max(by.values()))
             ratio = statistics.median(pick(r["ours"][row]) / pick(r["torch"][row]) for r in seen)
@@ -146,13 +151,14 @@ def ids(model: models.Model, rows: int, length: int) -> np.ndarray:
 
 def prefill(model: models.Model, ready: Any, runtime: Runtime) -> Case:
     """512 tokens into a cache, logits of the last one."""
-    program = Program(model.spec, runtime, Sampling(), (), bucket(512))
+    spec, ready = layered(model.spec, ready)
+    program = Program(spec, runtime, Sampling(), (), bucket(512))
 
     @jax.jit
     def run(params: Any, tokens: jax.Array) -> Any:
         feed = Feed(tokens, jnp.zeros(1, jnp.int32), jnp.full(1, 512, jnp.int32))
         hidden, caches = fill(program, params, None, feed)
-        return logits(params, model.spec, hidden[:, None], runtime), caches
+        return logits(params, spec, hidden[:, None], runtime), caches
 
     return {"prefill 1x512": (512, partial(run, ready, ids(model, 1, 512)))}
 
@@ -171,7 +177,9 @@ def train(model: models.Model, ready: Any, runtime: Runtime) -> Case:
     """One step of AdamW on 4 rows of 256 tokens, fp32 masters."""
     tree = transformer_params(model.spec)
     optimizer = make_optimizer(Optimizer(decay_steps=1000), tree)
-    step = make_step(lambda params, batch, key: lm_loss(params, model.spec, batch, runtime, key), optimizer, tree, runtime)
+    step = make_step(
+        lambda params, batch, key: lm_loss(params, model.spec, batch, runtime, key), optimizer, tree, runtime
+    )
     tokens = jnp.asarray(ids(model, 4, 257))
     ones = jnp.ones((4, 256), jnp.int32)
     where = jnp.broadcast_to(jnp.arange(256)[None], (4, 256))

@@ -2,8 +2,8 @@
 
     python train.py configs/gpt2_small.py data.sources.0.path=CORPUS data.tokenizer.path=TOKENIZER run_dir=runs/gpt2
 
-0.86 GFLOP per token. 10 billion tokens take about 6 hours on a v5e-8 at 45 % MFU; expect about 3.2 nats per token on
-web text (GPT-2's own tokenizer, 50,257 ids).
+0.8 GFLOP per token: 10 billion tokens are 8e18 FLOP, 3 hours of a v5e-8 at 45 % MFU. Not trained to the end here;
+others reach about 3.2 nats per token on web text with GPT-2's own tokenizer (50,257 ids).
 """
 
 from jaxllm.experiment import Checkpointing, Data, Experiment, Optimizer, Source

@@ -3,7 +3,7 @@
     python train.py configs/quickstart.py
 
 About 4 minutes on two CPU cores, under a minute on a GPU or TPU. Expect a validation loss below 2.2 bits per byte over
-the last tenth of the corpus (a widely used minimal trainer's CPU recipe reaches 2.73), and samples that look like a play.
+the last tenth of the corpus (a widely used minimal trainer's CPU recipe reaches 2.73), and samples like plays.
 """
 
 from jaxllm.config import GLU, GQA, Block, RMSNorm, Rope, Transformer, decoder

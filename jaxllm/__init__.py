@@ -2,7 +2,7 @@
 
     import jaxllm
 
-    model = jaxllm.load("smollm2")      # a run directory, a checkpoint in it, a Hugging Face folder, a .gguf file, a name
+    model = jaxllm.load("smollm2")      # a run directory, a checkpoint in it, a Hugging Face folder, a .gguf, a name
     jaxllm.logits(model.spec, model.params, input_ids, attention_mask)           # float32 [B, T, V]
     jaxllm.generate(model.spec, model.params, [[1, 2, 3]], max_new_tokens=20).ids()
     for piece in jaxllm.stream(model, "Once upon"): ...                          # pieces of text

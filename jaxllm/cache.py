@@ -5,11 +5,13 @@ cache in the scan's carry the same decode step needs 12 times the temporary memo
 2 GiB cache on TPU v5e), and rejected rows (speculation) would overwrite live ones.
 
 Dense and ring are one kind: a ring is a cache shorter than the context. A token of slot s lies in row s % S, and the
-cache remembers each row's slot and segment, so the mask needs no other arithmetic. Layout is head-major [L, B, K, S, H].
+cache remembers each row's slot and segment, so the mask needs no other arithmetic. Layout is head-major,
+[L, B, K, S, H].
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -103,7 +105,8 @@ def commit(caches: Caches, rows: Any, start_B: Int[Array, " B"], count_B: Int[Ar
             return kv.at[:, b, :, row_BT].set(x.transpose(1, 3, 0, 2, 4).astype(kv.dtype), mode="drop")
 
         b = jnp.arange(slot_BT.shape[0])[:, None]
-        return cache.replace(
+        return replace(
+            cache,
             k=scatter(cache.k, new.k),
             v=scatter(cache.v, new.v),
             slot_BS=cache.slot_BS.at[b, row_BT].set(slot_BT, mode="drop"),
@@ -118,7 +121,7 @@ def forget(caches: Caches, length_B: Int[Array, " B"]) -> Caches:
     for c in (c for stack in caches for c in stack if c.ring):
         raise ValueError(f"forget: a ring of {c.slot_BS.shape[1]} rows cannot go back; make the cache with ring=False")
     return tuple(
-        tuple(c.replace(segment_BS=jnp.where(c.slot_BS < length_B[:, None], c.segment_BS, 0)) for c in stack)
+        tuple(replace(c, segment_BS=jnp.where(c.slot_BS < length_B[:, None], c.segment_BS, 0)) for c in stack)
         for stack in caches
     )
 
@@ -130,8 +133,8 @@ def reorder(caches: Caches, index_B: Int[Array, " B"]) -> Caches:
     """
 
     def one(c: KV) -> KV:
-        return c.replace(
-            k=c.k[:, index_B], v=c.v[:, index_B], slot_BS=c.slot_BS[index_B], segment_BS=c.segment_BS[index_B]
+        return replace(
+            c, k=c.k[:, index_B], v=c.v[:, index_B], slot_BS=c.slot_BS[index_B], segment_BS=c.segment_BS[index_B]
         )
 
     return tuple(tuple(map(one, stack)) for stack in caches)

@@ -58,15 +58,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def skip_absent_tpu() -> None:
-    """Where libtpu is installed but no TPU is (to plan, say), jax would look for one for a while and complain loudly."""
+    """Where libtpu is installed but no TPU is (to plan, say), jax would look for one and complain loudly."""
     devices = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*"), *Path("/dev").glob("nvidia*")]
-    if not devices and jax.config.jax_platforms is None and importlib.util.find_spec("libtpu"):
+    if not devices and jax.config.values.get("jax_platforms") is None and importlib.util.find_spec("libtpu"):
         jax.config.update("jax_platforms", "cpu")
 
 
 def use_compilation_cache() -> None:
     """Keep compiled programs in ~/.cache/jaxllm, so that a second start is quick. JAX_COMPILATION_CACHE_DIR wins."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxllm" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -112,7 +112,9 @@ def generate_verb(args: argparse.Namespace) -> int:
     options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling(args), "eos": model.eos, "runtime": runtime}
     if len(prompts) == 1:
         print(args.prompt[0], end="", flush=True)
-        for piece in stream(Model(model.spec, params, model.tokenizer, model.eos), prompts[0], seed=args.seed, **options):
+        for piece in stream(
+            Model(model.spec, params, model.tokenizer, model.eos), prompts[0], seed=args.seed, **options
+        ):
             print(piece, end="", flush=True)
         print()
         return 0

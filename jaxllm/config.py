@@ -7,7 +7,8 @@ Every type is a small frozen dataclass, hashable, and free of jax, so that a spe
 Dimension key, used in every array name and einsum of the project:
 
     B batch     T query length   S key length   D model width   N query heads   K kv heads   G = N / K
-    H head width   F feed-forward width   V vocabulary   R low rank   L stacked layers   E experts   C capacity   P pages
+    H head width   F feed-forward width   V vocabulary   R low rank   L stacked layers   E experts   C capacity
+    P pages
 """
 
 from __future__ import annotations
@@ -258,5 +259,7 @@ def decoder(*blocks: Block, layers: int) -> tuple[Stack, ...]:
     Raises ValueError when `layers` is not a multiple of the pattern's length.
     """
     if layers % len(blocks):
-        raise ValueError(f"layers={layers} must be a multiple of the pattern's {len(blocks)} blocks; add a second Stack")
+        raise ValueError(
+            f"layers={layers} must be a multiple of the pattern's {len(blocks)} blocks; add a second Stack"
+        )
     return (Stack(blocks, layers // len(blocks)),)

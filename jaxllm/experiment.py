@@ -26,7 +26,10 @@ MAY_CHANGE = ("steps", "run_dir", "log_every", "eval_every", "checkpoint", "runt
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus: a text file, JSONL(.gz), a directory or glob of them, local or gs://. weight: its share of the mixture."""
+    """A corpus: a text file, JSONL(.gz), a directory or glob of them, local or gs://.
+
+    weight: its share of the mixture.
+    """
 
     path: str
     weight: float = 1.0
@@ -59,9 +62,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with decoupled decay (Loshchilov & Hutter 2019), linear warm-up, cosine to `end_fraction` of the peak.
+    """AdamW with decoupled decay (Loshchilov & Hutter 2019), linear warm-up, cosine to `end_fraction` of peak_lr.
 
-    decay_steps: length of the schedule (None: the run's steps).  Decay applies to matrices only, not to norms or biases.
+    decay_steps: length of the schedule (None: the run's steps).  Decay applies to matrices, not to norms or biases.
     """
 
     peak_lr: float = 3e-4
@@ -77,7 +80,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """every: steps between saves (None: only at the end).  keep: latest ones kept, besides the best by validation loss."""
+    """every: steps between saves (None: only at the end).  keep: latest ones kept, besides the best by bits/byte."""
 
     every: int | None = 500
     keep: int = 2
@@ -99,7 +102,7 @@ class Experiment:
     run_dir: str
     optimizer: Optimizer = Optimizer()
     accumulate: int = 1
-    runtime: Runtime = Runtime()
+    runtime: Runtime = field(default_factory=Runtime)
     seed: int = 0
     log_every: int = 10
     eval_every: int | None = None

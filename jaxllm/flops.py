@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +66,7 @@ def train_flops_per_token(spec: Transformer, context: int) -> float:
     return 3 * forward_flops_per_token(spec, context)
 
 
-def peak_flops(devices: list[jax.Device]) -> tuple[float, str]:
+def peak_flops(devices: Sequence[Any]) -> tuple[float, str]:
     """(peak FLOP/s of these devices together, where the figure is from).
 
     A device that is not in the table is measured: the best of five float32 products of 1,024 x 1,024.

@@ -30,7 +30,7 @@ class Quantised:
     """
 
     values: Array
-    scale: Float[Array, "..."]
+    scale: Float[Array, ...]
 
 
 @struct.dataclass
@@ -42,9 +42,9 @@ class Adapted:
     """
 
     base: Weight
-    a: Float[Array, "..."]
-    b: Float[Array, "..."]
-    scaling: Float[Array, "..."]
+    a: Float[Array, ...]
+    b: Float[Array, ...]
+    scaling: Float[Array, ...]
 
 
 @struct.dataclass
@@ -77,7 +77,7 @@ def is_weight(x: object) -> bool:
     return isinstance(x, (Quantised, Adapted, Matrix))
 
 
-def quantise(w: Float[Array, "..."], axes: tuple[int, ...]) -> Quantised:
+def quantise(w: Float[Array, ...], axes: tuple[int, ...]) -> Quantised:
     """Symmetric int8 with one float32 scale per index of the axes not in `axes` (those to be contracted over)."""
     scale = jnp.max(jnp.abs(w), axis=axes, keepdims=True).astype(jnp.float32) / 127.0
     scale = jnp.where(scale == 0, 1.0, scale)
@@ -103,7 +103,7 @@ def dense(w: Weight, dtype: DTypeLike) -> Array:
             return w.astype(dtype)
 
 
-def project(x: Float[Array, "..."], w: Weight, equation: str, bias: Array | None = None) -> Float[Array, "..."]:
+def project(x: Float[Array, ...], w: Weight, equation: str, bias: Array | None = None) -> Float[Array, ...]:
     """einsum(equation, x, w) + bias in x's dtype (accumulated in float32 by the matrix unit).
 
     `equation` is "x axes,w axes->out axes" with single letters of the dimension key; the axes that x and w share and

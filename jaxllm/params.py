@@ -92,7 +92,7 @@ def abstract(tree: ParamTree, dtype: DTypeLike = jnp.float32) -> Any:
 
 
 def init(tree: ParamTree, key: Array, dtype: DTypeLike = jnp.float32) -> Any:
-    """Arrays for every parameter. A parameter's values depend on `key` and its path, not on its neighbours or layout."""
+    """Arrays for every parameter, each drawn from `key` and its own path: neighbours and layout do not matter."""
 
     def one(path: tuple[Any, ...], p: Param) -> Array:
         match p.init:

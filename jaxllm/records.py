@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -69,7 +68,7 @@ def inputs(
 
 @struct.dataclass
 class Aux:
-    """By-products of a forward. taps: name -> array stacked over layers [L, ...], only those `runtime.taps` asks for."""
+    """By-products of a forward. taps: name -> array stacked over layers [L, ...], those that `runtime.taps` names."""
 
     taps: dict[str, Array] = struct.field(default_factory=dict)
 
@@ -91,12 +90,12 @@ class Batch:
     segment_BT: 0 = padding.  position_BT: restarts at 0 in each segment.  channel_BT: index into the source's channels.
     """
 
-    tokens_BT: Int[Array | np.ndarray, "B T"]
-    target_BT: Int[Array | np.ndarray, "B T"]
-    weight_BT: Float[Array | np.ndarray, "B T"]
-    segment_BT: Int[Array | np.ndarray, "B T"]
-    position_BT: Int[Array | np.ndarray, "B T"]
-    channel_BT: Int[Array | np.ndarray, "B T"]
+    tokens_BT: Int[Array, "B T"]
+    target_BT: Int[Array, "B T"]
+    weight_BT: Float[Array, "B T"]
+    segment_BT: Int[Array, "B T"]
+    position_BT: Int[Array, "B T"]
+    channel_BT: Int[Array, "B T"]
 
 
 @struct.dataclass
@@ -104,11 +103,10 @@ class TrainState:
     """Everything a checkpoint holds.
 
     step: int32 [] optimiser steps taken.  params: fp32 masters.  opt_state: the optimiser's.
-    extra: state that gradients do not train (skip counters, loss scale, EMA, router bias ...), advanced by a pure update.
+    extra: state that gradients do not train (skip counters, loss scale, EMA ...), advanced by a pure update.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
     extra: dict[str, Any]
-

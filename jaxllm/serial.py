@@ -40,9 +40,9 @@ def decode(data: Any, kinds: Mapping[str, type]) -> Any:
         return tuple(decode(v, kinds) for v in data)
     if not isinstance(data, dict):
         return data
-    name = data.get("type")
+    name = str(data.get("type"))
     if name not in kinds:
-        raise ValueError(f"config: unknown type {name!r}{_near(str(name), kinds)}")
+        raise ValueError(f"config: unknown type {name!r}{_near(name, kinds)}")
     kind = kinds[name]
     known = {f.name for f in dataclasses.fields(kind)}
     for key in data.keys() - {"type"} - known:
@@ -104,11 +104,9 @@ def _set(value: Any, keys: list[str], text: str, path: str, root: Any) -> Any:
         return (*value[:i], new, *value[i + 1 :])
     if not dataclasses.is_dataclass(value) or key not in (hints := _hints(type(value))):
         raise ValueError(f"override: unknown path {path!r}{_near(path, _paths(root))}")
-    if rest:
-        new = _set(getattr(value, key), rest, text, path, root)
-    else:
-        new = _parse(text, hints[key], path)
-    return dataclasses.replace(value, **{key: new})
+    new = _set(getattr(value, key), rest, text, path, root) if rest else _parse(text, hints[key], path)
+    record: Any = value
+    return dataclasses.replace(record, **{key: new})
 
 
 @cache
@@ -153,7 +151,9 @@ def _scalar(text: str, hint: Any, path: str) -> Any:
             return text
     except (KeyError, ValueError, OverflowError):
         raise ValueError(f"override {path}={text}: must be {hint.__name__}") from None
-    raise ValueError(f"override {path}={text}: a {getattr(hint, '__name__', hint)} is set field by field, or in the file")
+    raise ValueError(
+        f"override {path}={text}: a {getattr(hint, '__name__', hint)} is set field by field, or in the file"
+    )
 
 
 def _paths(value: Any, prefix: str = "") -> list[str]:
@@ -169,5 +169,7 @@ def _paths(value: Any, prefix: str = "") -> list[str]:
 
 def _near(word: str, choices: Iterable[str]) -> str:
     choices = sorted(choices)
-    hits = difflib.get_close_matches(word, choices, 1, 0.5) or [c for c in choices if c.endswith("." + word.split(".")[-1])]
+    hits = difflib.get_close_matches(word, choices, 1, 0.5) or [
+        c for c in choices if c.endswith("." + word.rsplit(".", maxsplit=1)[-1])
+    ]
     return f"; did you mean {hits[0]!r}?" if hits else f"; valid: {', '.join(choices[:40])}"

@@ -74,8 +74,8 @@ class Layout:
         data = devices // others if self.data is None else self.data
         if data * others != devices or data < 1:
             raise ValueError(
-                f"layout: replica={self.replica} x data={self.data} x tensor={self.tensor} must be the number of devices, "
-                f"{devices}; set data=None to take what is left, with tensor * replica dividing {devices}"
+                f"layout: replica={self.replica} x data={self.data} x tensor={self.tensor} must be the number of "
+                f"devices, {devices}; set data=None to take what is left, with tensor * replica dividing {devices}"
             )
         return dict.fromkeys(MESH_AXES, 1) | {"replica": self.replica, "data": data, "tensor": self.tensor}
 
@@ -169,7 +169,9 @@ def _relay_fwd(w: Array, dtype: DTypeLike, forward: PartitionSpec, backward: Par
     return _relay(w, dtype, forward, backward), np.zeros((0,), w.dtype)  # type: ignore[return-value]
 
 
-def _relay_bwd(dtype: DTypeLike, forward: PartitionSpec, backward: PartitionSpec, like: Array, g: Array) -> tuple[Array]:
+def _relay_bwd(
+    dtype: DTypeLike, forward: PartitionSpec, backward: PartitionSpec, like: Array, g: Array
+) -> tuple[Array]:
     return (jax.lax.with_sharding_constraint(g, backward).astype(like.dtype),)
 
 
@@ -199,9 +201,7 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
     return map_params(one, tree, params)
 
 
-def lookup(
-    declared: Param, table_VD: leaves.Weight, ids_BT: Array, layout: Layout | None, dtype: DTypeLike
-) -> Array:
+def lookup(declared: Param, table_VD: leaves.Weight, ids_BT: Array, layout: Layout | None, dtype: DTypeLike) -> Array:
     """`leaves.lookup` that shards: rows [B, T, D] in the batch layout, without gathering the table.
 
     Where the table's D is spread over "data" (ZeRO), each device looks up every row's own slice of D, and an

@@ -1,8 +1,8 @@
 """The transformer: embedding, stacks of blocks, head. One block serves every architecture.
 
-    params = init(transformer_params(spec), key)
-    out = forward(params, spec, inputs(tokens), runtime)
-    logits(params, spec, out.hidden_BTD, runtime)
+params = init(transformer_params(spec), key)
+out = forward(params, spec, inputs(tokens), runtime)
+logits(params, spec, out.hidden_BTD, runtime)
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxllm.cache import KV, Caches, Rows
@@ -60,7 +59,9 @@ def transformer_params(spec: Transformer) -> ParamTree:
     """
     gain = (2 * spec.layers) ** -0.5
     stacks = {
-        str(s): {str(b): stacked(block_params(block, spec.dim, gain), stack.repeats) for b, block in enumerate(stack.pattern)}
+        str(s): {
+            str(b): stacked(block_params(block, spec.dim, gain), stack.repeats) for b, block in enumerate(stack.pattern)
+        }
         for s, stack in enumerate(spec.stacks)
     }
     tree: ParamTree = {"embed": embed_params(spec), "stacks": stacks}
@@ -176,6 +177,8 @@ def embed(params: Any, spec: Transformer, inputs: Inputs, runtime: Runtime) -> F
         return lookup(declared[name], params["embed"][name], ids, runtime.layout, dtype)
 
     if inputs.embeds_BTD is None:
+        if inputs.tokens_BT is None:
+            raise ValueError("forward: inputs need tokens_BT or embeds_BTD, both are None")
         x = rows("tokens", inputs.tokens_BT)
         x = x if spec.embed_scale is None else x * jnp.asarray(spec.embed_scale, dtype)
     else:
@@ -185,9 +188,7 @@ def embed(params: Any, spec: Transformer, inputs: Inputs, runtime: Runtime) -> F
     return constrain(x, ("batch", None, None), runtime.layout)
 
 
-def forward(
-    params: Any, spec: Transformer, inputs: Inputs, runtime: Runtime, caches: Caches | None = None
-) -> Output:
+def forward(params: Any, spec: Transformer, inputs: Inputs, runtime: Runtime, caches: Caches | None = None) -> Output:
     """Hidden states of every token, in one pass.
 
     caches: only read; the new rows come back in `Output.rows` for `cache.commit`. None: no rows are kept.
@@ -223,7 +224,9 @@ def head(params: Any, spec: Transformer) -> Any:
     return params["embed"]["tokens"] if spec.tied else params["head"]["kernel"]
 
 
-def logits(params: Any, spec: Transformer, hidden_BTD: Float[Array, "B T D"], runtime: Runtime) -> Float[Array, "B T V"]:
+def logits(
+    params: Any, spec: Transformer, hidden_BTD: Float[Array, "B T D"], runtime: Runtime
+) -> Float[Array, "B T V"]:
     """float32 [B, T, V]. For losses take `objectives.token_logprobs`, which never holds them all."""
     declared = Param((spec.vocab, spec.dim), ("vocab", "embed"), Constant(0.0))
     kernel = use({"w": declared}, {"w": head(params, spec)}, runtime.layout, runtime.compute_dtype)["w"]

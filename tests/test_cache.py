@@ -47,7 +47,9 @@ def test_ring_keeps_the_window():
     start = jnp.array([0, 0])
     caches = cache.commit(caches, rows([0, 0], 12), start, jnp.array([12, 7]))  # more rows than fit at once
     assert held(caches) == [{s: float(s) for s in range(7, 12)}, {s: float(s) for s in range(2, 7)}]
-    caches = cache.commit(caches, rows([12, 7], 3), jnp.array([12, 7]), jnp.array([1, 0]))  # rejected rows change nothing
+    caches = cache.commit(
+        caches, rows([12, 7], 3), jnp.array([12, 7]), jnp.array([1, 0])
+    )  # rejected rows change nothing
     assert held(caches) == [{s: float(s) for s in range(8, 13)}, {s: float(s) for s in range(2, 7)}]
 
 

@@ -7,13 +7,13 @@ from tiny import corpus
 
 from jaxllm.cli import main
 
-CONFIG = '''
+CONFIG = """
 from pathlib import Path
 from tiny import experiment
 
 def config():
     return experiment(Path({folder!r}))
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def own_cache(monkeypatch, tmp_path_factory):
 
 
 def test_train_says_what_matters_and_samples(home, capsys):
-    folder, config, run = home
+    _, config, _ = home
     assert main(["train", config, "log_every=4"]) == 0  # already finished: nothing is trained twice
     out = capsys.readouterr().out
     assert "continuing from step 12" in out

@@ -128,7 +128,10 @@ def test_how_never_changes_what(name, getkey):
     value, grad = value_and_grad(params, PLAIN)
     close(run(unstack(params), inputs(ids), name), run(params, inputs(ids), name))
     with jax.disable_jit():
-        close(logits(params, spec, forward(params, spec, inputs(ids), PLAIN).hidden_BTD, PLAIN), run(params, inputs(ids), name))
+        close(
+            logits(params, spec, forward(params, spec, inputs(ids), PLAIN).hidden_BTD, PLAIN),
+            run(params, inputs(ids), name),
+        )
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad))
     for other in [
         Runtime(remat="full"),
@@ -168,7 +171,9 @@ def test_any_weight_may_be_adapted_or_quantised(name, getkey):
 
     for change in (int8, lora):
         changed = map_params(change, declared, params)
-        assert any(not isinstance(w, jax.Array) for w in jax.tree.leaves(changed, is_leaf=lambda x: isinstance(x, Adapted)))
+        assert any(
+            not isinstance(w, jax.Array) for w in jax.tree.leaves(changed, is_leaf=lambda x: isinstance(x, Adapted))
+        )
         equal = map_params(lambda p, w: dense(w, jnp.float32), declared, changed)
         close(run(changed, inputs(ids), name), run(equal, inputs(ids), name), 1e-4)
 

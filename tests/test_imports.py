@@ -9,9 +9,9 @@ import jaxllm
 
 ROOT = Path(jaxllm.__file__).parent
 ROOMS = [
-    "config", "serial", "params", "leaves", "sharding", "runtime", "records", "cache", "kernels", "nn",
-    "rules", "transformer", "flops", "models", "experiment", "data", "convert", "objectives", "decode", "train", "model", "plan",
-    "doctor", "cli",
+    "config", "serial", "params", "leaves", "sharding", "runtime", "records", "cache", "kernels", "nn", "rules",
+    "transformer", "flops", "models", "experiment", "data", "convert", "objectives", "decode", "train", "model",
+    "plan", "doctor", "cli",
 ]  # fmt: skip
 
 
@@ -52,6 +52,8 @@ def test_no_hidden_imports(path):
 
 def test_config_room_is_free_of_jax():
     for name in ("config.py", "serial.py"):
-        names = [n for n in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        names = [
+            n for n in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))
+        ]
         text = " ".join(ast.unparse(n) for n in names)
         assert "jax" not in text.replace("jaxllm", ""), f"{name} imports jax"

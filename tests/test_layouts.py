@@ -50,9 +50,9 @@ def losses(layout, accumulate=1, steps=STEPS):
             batch = jax.device_put(batch_of(i), batch_sharding(runtime, mesh))
             state, metrics = step(state, batch)
             out.append([float(metrics["loss"]), float(metrics["grad_norm"]), *map(float, metrics["channel_nll"])])
-        assert all(
-            jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places))
-        ), "a step must not change where the state lives"
+        assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places))), (
+            "a step must not change where the state lives"
+        )
     return np.array(out)
 
 

@@ -7,7 +7,11 @@ import pytest
 
 from jaxllm.leaves import Adapted, Quantised, chunk_rows, dense, lookup, pad_rows, project, quantise
 
-EQUATIONS = {"q": ("BTD,DNH->BTNH", (6, 4, 8), 1), "o": ("BTNH,NHD->BTD", (4, 8, 6), 2), "head": ("BTD,VD->BTV", (20, 6), 1)}
+EQUATIONS = {
+    "q": ("BTD,DNH->BTNH", (6, 4, 8), 1),
+    "o": ("BTNH,NHD->BTD", (4, 8, 6), 2),
+    "head": ("BTD,VD->BTV", (20, 6), 1),
+}
 
 
 def weights(shape, cut, key):
@@ -15,7 +19,10 @@ def weights(shape, cut, key):
     w = jax.random.normal(keys[0], shape)
     contracted = (1,) if len(shape) == 2 else tuple(range(cut))
     adapted = Adapted(
-        w, jax.random.normal(keys[1], (*shape[:cut], 3)), jax.random.normal(keys[2], (3, *shape[cut:])), jnp.float32(0.5)
+        w,
+        jax.random.normal(keys[1], (*shape[:cut], 3)),
+        jax.random.normal(keys[2], (3, *shape[cut:])),
+        jnp.float32(0.5),
     )
     q8 = quantise(w, contracted)
     blocks = Quantised(q8.values, jnp.repeat(q8.scale, 2, axis=contracted[0]) * 0.7)

@@ -24,7 +24,9 @@ def test_train_resume_load_and_stream(tmp_path):
     assert out.shape == (1, len(ids), 300)
     assert np.isfinite(out).all()
     text = "".join(jaxllm.stream(model, "the quick", max_new_tokens=8))
-    got = jaxllm.generate(model.spec, model.params, [model.tokenizer.encode("the quick", bos=True)], max_new_tokens=8, eos=model.eos)
+    got = jaxllm.generate(
+        model.spec, model.params, [model.tokenizer.encode("the quick", bos=True)], max_new_tokens=8, eos=model.eos
+    )
     assert model.tokenizer.decode(got.ids()[0]) == text
     assert jax.device_count() == 8
 

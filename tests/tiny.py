@@ -6,7 +6,7 @@ from dataclasses import replace
 from jaxllm.config import GLU, GQA, Block, RMSNorm, Rope, Transformer, decoder
 from jaxllm.experiment import Checkpointing, Data, Experiment, Optimizer, Source, resolve
 
-WORDS = "the quick brown fox jumps over the lazy dog while seven wizards brew a potion of foxglove and jam".split()
+WORDS = "the quick brown fox jumps over the lazy dog while seven wizards brew a potion of foxglove and jam".split()  # noqa: SIM905
 
 
 def corpus(folder):

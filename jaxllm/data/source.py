@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -107,7 +108,7 @@ class Finite:
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-self.source.rows // self.batch_size)
+        return math.ceil(self.source.rows / self.batch_size)
 
     def rows(self, i: int) -> Int[np.ndarray, " B"]:
         """Row numbers of batch i, -1 past the end. IndexError outside 0..len - 1."""

@@ -99,7 +99,7 @@ def _short_lines(text: str) -> Iterator[str]:
             cut = line.rfind(" ", 1, _SENTENCE)
             cut = cut if cut > 0 else _SENTENCE
             yield line[:cut]
-            line = line[cut:]
+            line = line[cut:]  # noqa: PLW2901
         yield line
 
 

@@ -12,7 +12,7 @@ the whole cache four times per step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm import cache
 from jaxllm import params as trees
 from jaxllm.cache import Caches
-from jaxllm.config import Block, Transformer
+from jaxllm.config import Block, Stack, Transformer
 from jaxllm.decode.rules import GREEDY, Past, Sampling
 from jaxllm.leaves import Weight, matrix
 from jaxllm.records import Inputs, Output, Params
@@ -133,6 +133,21 @@ def _flat(cfg: Block, dim: int, layer: Params) -> Params:
     return jax.tree_util.tree_map_with_path(one, block_params(cfg, dim, 1.0), layer, is_leaf=trees.is_param)
 
 
+def layered(spec: Transformer, params: Params) -> tuple[Transformer, Params]:
+    """The same function with every layer a place of its own, if the weights come layer by layer; free of charge.
+
+    Then each layer has its own cache arrays, where a slice of a stacked cache would be copied by XLA on CPU.
+    """
+    if not _prepared(params):
+        return spec, params
+    stacks, weights = [], {}
+    for s, stack in enumerate(spec.stacks):
+        held = [params["stacks"][str(s)][str(b)][i] for i in range(stack.repeats) for b in range(len(stack.pattern))]
+        stacks.append(Stack(stack.pattern * stack.repeats, 1))
+        weights[str(s)] = {str(b): [layer] for b, layer in enumerate(held)}
+    return replace(spec, stacks=tuple(stacks)), params | {"stacks": weights}
+
+
 def _prepared(params: Params) -> bool:
     return any(isinstance(block, list) for stack in params["stacks"].values() for block in stack.values())
 
@@ -156,6 +171,7 @@ def generate(
     """
     check(spec, prompts, max_new_tokens)
     longest = max(map(len, prompts))
+    spec, params = layered(spec, params)
     program = Program(spec, runtime, sampling, tuple(eos), bucket(longest + max_new_tokens))
     state = _generate(program, params, *_start(program, prompts, bucket(longest), seeds, max_new_tokens))
     return _collect(state, max_new_tokens)
@@ -308,14 +324,20 @@ def advance(program: Program, params: Params, state: State, steps: Int[Array, ""
     def step(carry: tuple[Array, State]) -> tuple[Array, State]:
         i, state = carry
         at_B = state.past.length_B - 1
-        token_B1 = jnp.take_along_axis(state.past.tokens_BS, at_B[:, None], 1)
-        hidden_BD, out = run(program, params, state.caches, Feed(token_B1, at_B, jnp.ones_like(at_B)))
+        feed = Feed(_last(state.past)[:, None], at_B, jnp.ones_like(at_B))
+        hidden_BD, out = run(program, params, state.caches, feed)
         new = choose(program, params, state, hidden_BD)
-        count_B = (~new.done_B).astype(jnp.int32)
+        seen_B = _last(new.past) >= 0  # always so; it makes the write wait for the token even if nothing else does
+        count_B = (~new.done_B & seen_B).astype(jnp.int32)
         caches = cache.commit(state.caches, out.rows, at_B, count_B)
         return i + 1, new.replace(caches=caches, cached_B=state.cached_B + count_B)
 
     return jax.lax.while_loop(going, step, (jnp.int32(0), state))[1]
+
+
+def _last(past: Past) -> Int[Array, " B"]:
+    """The newest token of each row."""
+    return jnp.take_along_axis(past.tokens_BS, past.length_B[:, None] - 1, 1)[:, 0]
 
 
 @partial(jax.jit, static_argnums=0)

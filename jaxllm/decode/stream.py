@@ -17,7 +17,7 @@ from jaxllm.cache import Caches, forget
 from jaxllm.config import Transformer
 from jaxllm.data.tokenizer import Stream, Tokenizer
 from jaxllm.decode.rules import GREEDY, Past, Sampling
-from jaxllm.decode.sample import Feed, Program, State, advance, begin, bucket, check, pad, whole_chunks
+from jaxllm.decode.sample import Feed, Program, State, advance, begin, bucket, check, layered, pad, whole_chunks
 from jaxllm.records import Params
 from jaxllm.runtime import Runtime
 
@@ -48,7 +48,8 @@ class Decoder:
     def __init__(
         self, spec: Transformer, params: Params, runtime: Runtime = Runtime(), eos: Sequence[int] = ()
     ) -> None:
-        self.spec, self.params, self.runtime, self.eos = spec, params, runtime, tuple(eos)
+        self.spec, self.params = layered(spec, params)
+        self.runtime, self.eos = runtime, tuple(eos)
         self._state: State | None = None
         self._size = 0
 

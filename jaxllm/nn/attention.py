@@ -7,6 +7,7 @@ and takes the memory-O(n) path.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -112,7 +113,7 @@ def attend(
 
 
 def resolve_backend(runtime: Runtime) -> Any:
-    """"auto" by the platform that jax computes on."""
+    """ "auto" by the platform that jax computes on."""
     if runtime.attention != "auto":
         return runtime.attention
     return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(jax.default_backend(), "chunked")
@@ -132,7 +133,9 @@ def _attend_cached(
     if inputs.slot_BT is None:
         raise ValueError("attention: a forward over a filled cache needs inputs.slot_BT, the slots of the new tokens")
     if cache.ring and inputs.prefix_B is not None:
-        raise ValueError("attention: a prefix is seen from everywhere, a ring cache forgets it; init it with ring=False")
+        raise ValueError(
+            "attention: a prefix is seen from everywhere, a ring cache forgets it; init it with ring=False"
+        )
     segment_BT = jnp.ones_like(inputs.slot_BT) if inputs.segment_BT is None else inputs.segment_BT
     # XLA on CPU lacks batched dots of two bf16 arrays with a float32 result (UNIMPLEMENTED at run time).
     few, plain = q_BTNH.shape[1] <= DECODE_QUERIES, resolve_backend(runtime) in ("reference", "chunked")
@@ -143,7 +146,8 @@ def _attend_cached(
     if few:
         new_k, new_v = (x.swapaxes(1, 2).astype(dtype) for x in (k_BTKH, v_BTKH))
         return _decode(cfg, q_BTNH, ((old_k, old_v, old), (new_k, new_v, new)), pattern)
-    joined = old.replace(
+    joined = replace(
+        old,
         k_slot_BS=jnp.concatenate([cache.slot_BS, inputs.slot_BT], 1),
         k_segment_BS=jnp.concatenate([cache.segment_BS, segment_BT], 1),
     )
@@ -164,7 +168,9 @@ def _decode(
         s = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32)
         s = s if cfg.softcap is None else cfg.softcap * jnp.tanh(s / cfg.softcap)
         scores.append(jnp.where(visible(pattern, names(mask, T, k.shape[2]))[:, None, None], s, -jnp.inf))
-    top = jnp.maximum(jnp.max(jnp.concatenate([s.max(-1, keepdims=True) for s in scores], -1), -1, keepdims=True), -1e30)
+    top = jnp.maximum(
+        jnp.max(jnp.concatenate([s.max(-1, keepdims=True) for s in scores], -1), -1, keepdims=True), -1e30
+    )
     exps = [jnp.exp(s - top) for s in scores]
     total = sum(e.sum(-1) for e in exps)
     out = sum(

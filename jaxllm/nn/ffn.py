@@ -35,7 +35,7 @@ def linear_params(inputs: dict[str, int], outputs: dict[str, int], bias: bool, g
     )
 
 
-def linear(p: Any, x: Float[Array, "..."], equation: str) -> Float[Array, "..."]:
+def linear(p: Any, x: Float[Array, ...], equation: str) -> Float[Array, ...]:
     """project(x, kernel) + bias if there is one."""
     return project(x, p["kernel"], equation, p.get("bias"))
 

@@ -26,7 +26,7 @@ def norm_params(cfg: Norm, dim: int, axis: str = "embed") -> ParamTree:
 
 
 def norm(p: Any, cfg: Norm, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Normalise the last axis. RMSNorm: x / sqrt(mean(x²) + eps) * w; LayerNorm: (x - mean) / sqrt(var + eps) * w + b."""
+    """Normalise the last axis: x / sqrt(mean(x²) + eps) * w, or (x - mean) / sqrt(var + eps) * w + b."""
     x32 = x.astype(jnp.float32)
     match cfg:
         case RMSNorm(eps, offset):

@@ -33,7 +33,9 @@ def token_logprobs(
     chunks, rows = _split(spec.vocab, runtime.vocab_chunk, shards)
     weight = chunk_rows(pad_rows(head(params, spec), rows) if rows > spec.vocab else head(params, spec), chunks, shards)
     column = chunk_rows(jnp.arange(rows), chunks, shards)
-    bias = chunk_rows(jnp.pad(params["head"]["bias"], (0, rows - spec.vocab)), chunks, shards) if spec.head_bias else None
+    bias = (
+        chunk_rows(jnp.pad(params["head"]["bias"], (0, rows - spec.vocab)), chunks, shards) if spec.head_bias else None
+    )
     declared = Param((rows // chunks, spec.dim), ("vocab", "embed"), Constant(0.0))
     hidden32_BTD = hidden_BTD.astype(jnp.float32)  # its gradient is a sum over chunks: kept in float32
 
@@ -60,7 +62,7 @@ def token_logprobs(
 
 
 def _split(vocab: int, chunk: int, shards: int) -> tuple[int, int]:
-    """(number of chunks, rows after padding): chunks of at most `chunk` columns, padded only if no near number divides."""
+    """(number of chunks, rows after padding): at most `chunk` columns each, padded only if no near number divides."""
     least = -(-vocab // chunk)
     for n in range(least, 2 * least + 1):
         if vocab % (n * shards) == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -90,8 +91,8 @@ def _tokenizer(exp: Experiment, home: epath.Path, texts: list[str], say: Say) ->
         tokenizer.save(home)
     if tokenizer.vocab > exp.model.vocab:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab} ids and the model's vocabulary {exp.model.vocab}: every id needs a row; "
-            f"set model.vocab={tokenizer.vocab}, or choose the tokenizer that the model was made with"
+            f"the tokenizer has {tokenizer.vocab} ids and the model's vocabulary {exp.model.vocab}: every id needs a "
+            f"row; set model.vocab={tokenizer.vocab}, or choose the tokenizer that the model was made with"
         )
     return tokenizer
 
@@ -101,7 +102,8 @@ def _tokenizer(exp: Experiment, home: epath.Path, texts: list[str], say: Say) ->
 
 def rows_here(rows: int, sharding: NamedSharding) -> slice:
     """The rows of a global [rows, T] array that this process holds."""
-    spans = [index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows, 1)).values()]
+    held: Any = sharding.addressable_devices_indices_map((rows, 1))
+    spans = [index[0].indices(rows)[:2] for index in held.values()]
     return slice(min(lo for lo, _ in spans), max(hi for _, hi in spans))
 
 
@@ -111,7 +113,7 @@ def to_devices(rows: int, sharding: NamedSharding, part: slice, batch: Batch) ->
     def place(x: np.ndarray) -> jax.Array:
         shape = (rows, *x.shape[1:])
 
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
+        def piece(index: Any) -> np.ndarray:
             lo, hi, _ = index[0].indices(rows)
             return x[lo - part.start : hi - part.start]
 

@@ -92,7 +92,9 @@ def evaluate_corpus(
         raise ValueError("eval: this model has no tokenizer; add its tokenizer files to the folder")
     mesh = make_mesh(Layout(data=1), jax.devices()[:1])
     with tempfile.TemporaryDirectory() as folder:
-        source = sources.prepare("eval", Corpus(corpus), tokenizer, epath.Path(folder) / "shards", Packing(context), progress=say)
+        source = sources.prepare(
+            "eval", Corpus(corpus), tokenizer, epath.Path(folder) / "shards", Packing(context), progress=say
+        )
         finite = Finite(source, min(batch_size, source.rows))
         run = make_evaluate(spec, runtime, len(source.channels))
         return evaluate(run, params, finite, NamedSharding(mesh, PartitionSpec()), say)

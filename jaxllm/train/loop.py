@@ -166,7 +166,9 @@ def set_up(exp: Experiment, console: Console, options: Options) -> Setup:
         like = abstract_state(tree, optimizer, runtime, mesh)
         found = restore(epath.Path(exp.run_dir) / CHECKPOINTS, like)
         if found is None:
-            fresh = jax.jit(partial(init_state, tree, optimizer), out_shardings=jax.tree.map(lambda x: x.sharding, like))
+            fresh = jax.jit(
+                partial(init_state, tree, optimizer), out_shardings=jax.tree.map(lambda x: x.sharding, like)
+            )
             state = fresh(jax.random.key(exp.seed))
         else:
             state, meta = found
@@ -178,27 +180,29 @@ def set_up(exp: Experiment, console: Console, options: Options) -> Setup:
     return Setup(mesh, data, step, make_evaluate(exp.model, runtime, len(data.channels)), sharding, state, peak)
 
 
-def _model_loss(exp: Experiment, channels: int, params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+def _model_loss(
+    exp: Experiment, channels: int, params: Any, batch: Batch, key: Array
+) -> tuple[Array, dict[str, Array]]:
     return lm_loss(params, exp.model, batch, exp.runtime, key, channels=channels)
 
 
 def _introduce(exp: Experiment, data: Dataset, mesh: Mesh, peak: tuple[float, str], say: Any) -> None:
-    sizes = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
+    runtime, sizes = exp.runtime, ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
     say(f"model  {exp.model.name}: {count(transformer_params(exp.model)):,} parameters, {exp.model.layers} layers")
     tokens = sum(source.shards.tokens for source in data.train.sources)
     say(f"data   {tokens:,} tokens, vocabulary {data.tokenizer.vocab:,}, channels {', '.join(data.channels)}")
-    say(f"mesh   {sizes}; {exp.runtime.compute_dtype} compute, fp32 masters; batch {exp.batch_size} x {exp.data.context}")
+    say(f"mesh   {sizes}; {runtime.compute_dtype} compute, fp32 masters; batch {exp.batch_size} x {exp.data.context}")
     flops = train_flops_per_token(exp.model, exp.data.context)
     say(f"mfu  = {flops / 1e6:,.2f} MFLOP per token x tokens/s / {peak[0] / 1e12:,.3f} TFLOP/s ({peak[1]})")
 
 
 def check_batch(exp: Experiment, mesh: Mesh) -> None:
     """Raise ValueError when micro-batches do not divide over the devices that share the batch."""
-    ways = mesh.shape["replica"] * mesh.shape["data"]
-    if exp.runtime.layout is not None and exp.batch_size % (exp.accumulate * ways):
+    unit = exp.accumulate * mesh.shape["replica"] * mesh.shape["data"]
+    if exp.runtime.layout is not None and exp.batch_size % unit:
         raise ValueError(
-            f"batch_size={exp.batch_size} must be a multiple of accumulate x replica x data = "
-            f"{exp.accumulate} x {ways}; the next that is: {-(-exp.batch_size // (exp.accumulate * ways)) * exp.accumulate * ways}"
+            f"batch_size={exp.batch_size} must be a multiple of accumulate x replica x data = {unit}; "
+            f"the next that is: {-(-exp.batch_size // unit) * unit}"
         )
 
 

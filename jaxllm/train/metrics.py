@@ -27,7 +27,9 @@ class MetricsWriter:
     def __init__(self, run_dir: epath.Path, resume_step: int, active: bool = True) -> None:
         self._path, self._active = run_dir / "metrics.jsonl", active
         self._events = _event_writer(run_dir, resume_step) if active else None
-        self._lines = [json.dumps(r) + "\n" for r in read_metrics(run_dir) if r["step"] <= resume_step] if active else []
+        self._lines = (
+            [json.dumps(r) + "\n" for r in read_metrics(run_dir) if r["step"] <= resume_step] if active else []
+        )
         if active:
             self._rewrite()
 
@@ -112,7 +114,9 @@ def plot(run_dir: epath.PathLike) -> epath.Path | None:
     return path
 
 
-def _curve(axes: Any, records: list[dict[str, Any]], key: str, label: str, smooth: bool = False, marker: str = "") -> None:
+def _curve(
+    axes: Any, records: list[dict[str, Any]], key: str, label: str, smooth: bool = False, marker: str = ""
+) -> None:
     """One line; with `smooth` an exponential mean over a tenth of the points, the raw values faint behind it."""
     points = [(r["step"], r[key]) for r in records if key in r]
     if not points:

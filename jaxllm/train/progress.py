@@ -33,7 +33,9 @@ class Display:
         text = f"loss {values['train/loss']:.3f}  {values['tokens_per_second']:,.0f} tok/s  mfu {values['mfu']:.1%}"
         self._bar.update(self._task, completed=step, text=text)
         if not self._live:
-            channels = "  ".join(f"{k.split('/')[-1]} {v:.3f}" for k, v in values.items() if k.startswith("train/loss/"))
+            channels = "  ".join(
+                f"{k.split('/')[-1]} {v:.3f}" for k, v in values.items() if k.startswith("train/loss/")
+            )
             left = (time.perf_counter() - self._began) / max(step - self._start, 1) * (self._steps - step)
             self.say(f"step {step:>6}/{self._steps}  {text}  eta {left:,.0f} s  [{channels}]")
 
@@ -41,5 +43,7 @@ class Display:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()

@@ -49,7 +49,9 @@ def state_shardings(tree: ParamTree, optimizer: optax.GradientTransformation, ru
     return shardings.replace(params=params, opt_state=moments)
 
 
-def abstract_state(tree: ParamTree, optimizer: optax.GradientTransformation, runtime: Runtime, mesh: Mesh) -> TrainState:
+def abstract_state(
+    tree: ParamTree, optimizer: optax.GradientTransformation, runtime: Runtime, mesh: Mesh
+) -> TrainState:
     """The state as ShapeDtypeStructs with shardings, for lowering, restoring and planning."""
     shapes = jax.eval_shape(lambda key: init_state(tree, optimizer, key), jax.random.key(0))
     shardings = state_shardings(tree, optimizer, runtime, mesh)
@@ -67,8 +69,9 @@ def batch_sharding(runtime: Runtime, mesh: Mesh) -> NamedSharding:
 def abstract_batch(rows: int, context: int, runtime: Runtime, mesh: Mesh) -> Batch:
     """A batch [rows, context] as ShapeDtypeStructs with shardings."""
     where = batch_sharding(runtime, mesh)
-    ints = jax.ShapeDtypeStruct((rows, context), jnp.int32, sharding=where)
-    return Batch(ints, ints, jax.ShapeDtypeStruct((rows, context), jnp.float32, sharding=where), ints, ints, ints)
+    ints: Any = jax.ShapeDtypeStruct((rows, context), jnp.int32, sharding=where)
+    weight: Any = jax.ShapeDtypeStruct((rows, context), jnp.float32, sharding=where)
+    return Batch(ints, ints, weight, ints, ints, ints)
 
 
 # ------------------------------------------------------------------------------------------------------------ step

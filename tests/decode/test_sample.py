@@ -135,7 +135,7 @@ def test_early_exit_takes_no_step_more_than_the_longest_row() -> None:
 def test_calls_of_like_size_share_a_compilation() -> None:
     spec, params = model("gpt2_small")
     jax.clear_caches()
-    for prompt, new in (([1] * 20, 4), ([2] * 17, 7), ([3] * 24, 5)):
+    for prompt, new in (([1] * 20, 4), ([2] * 17, 7), ([3] * 19, 5)):
         generate(spec, params, [prompt], max_new_tokens=new, runtime=RUNTIME)
     assert sample._generate._cache_size() == 1
 
@@ -188,19 +188,16 @@ def test_reorder_moves_rows() -> None:
 
 
 def test_the_loop_updates_the_cache_in_place() -> None:
-    """Temporary memory stays below one cache, so no step copies it."""
-    spec, params = model("llama32_1b")
-    ready = prepare(params, spec, RUNTIME)
+    """Temporary memory stays far below one cache, so no step copies it, nor reads it through slices."""
+    plain, params = model("llama32_1b")
+    spec, ready = sample.layered(plain, prepare(params, plain, RUNTIME))
     program = sample.Program(spec, RUNTIME, Sampling(), (), 4096)
-    state = jax.eval_shape(
-        lambda: sample.begin(
-            program, ready, None, *jax.tree.map(jnp.asarray, sample._start(program, PROMPTS, 16, 0, 4))
-        )
-    )
+    args = jax.tree.map(jnp.asarray, sample._start(program, PROMPTS, 16, 0, 4))
+    state = jax.eval_shape(lambda: sample.begin(program, ready, None, *args))
     loop = jax.jit(sample.advance, static_argnums=0, donate_argnums=2).lower(program, ready, state, 9).compile()
     memory = loop.memory_analysis()
     assert memory.alias_size_in_bytes > cache.nbytes(state.caches)
-    assert memory.temp_size_in_bytes < cache.nbytes(state.caches) * 0.9
+    assert memory.temp_size_in_bytes < cache.nbytes(state.caches) * 0.3
 
 
 # -------------------------------------------------------------------------------------------------- bad input

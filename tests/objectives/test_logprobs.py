@@ -27,7 +27,11 @@ def setup(spec, getkey):
     params = init(transformer_params(spec), getkey())
     if spec.head_bias:
         params["head"]["bias"] = jax.random.normal(getkey(), (spec.vocab,))
-    return params, jax.random.normal(getkey(), (2, 7, spec.dim)) * 3, jax.random.randint(getkey(), (2, 7), 0, spec.vocab)
+    return (
+        params,
+        jax.random.normal(getkey(), (2, 7, spec.dim)) * 3,
+        jax.random.randint(getkey(), (2, 7), 0, spec.vocab),
+    )
 
 
 def textbook(params, spec, hidden, target):

@@ -34,7 +34,14 @@ def start(config, devices, steps, *extra):
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }
-    command = [sys.executable, str(ROOT / "train.py"), str(config), f"steps={steps}", "optimizer.decay_steps=12", *extra]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        str(config),
+        f"steps={steps}",
+        "optimizer.decay_steps=12",
+        *extra,
+    ]
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
