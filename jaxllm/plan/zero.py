@@ -1,0 +1,156 @@
+"""What a training step holds under ZeRO stages 0-3, by a formula with no fitted constant.
+
+    arguments = 12 P_stored + 24 tokens                              fp32 masters, two moments, the batch's six arrays
+    temporary = weights + accumulators + saved + max(layer, loss)    all bytes per chip
+
+P is taken parameter by parameter from the layout's own tables (`sharding.partition`, `sharding.storage`). The heap is
+at its greatest either while the backward pass is in a layer or while it is in the loss; everything else lives through
+both. `benchmarks/zero_memory.py` holds the formula against the TPU compiler. (Rajbhandari et al. 2020, §3; activations
+under full recomputation: Chen et al. 2016.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import assert_never
+
+from jax.sharding import PartitionSpec
+
+from jaxllm.config import GLU, MLP, Block
+from jaxllm.experiment import Experiment
+from jaxllm.params import Param, paths
+from jaxllm.sharding import Layout, partition, storage
+from jaxllm.transformer import transformer_params
+
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a compute dtype, `c` below."""
+
+Size = Callable[[Param], int]
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes per chip.  c: bytes of the compute dtype; t: tokens of a micro-batch on a chip.
+
+    state: 12 for each parameter a chip stores: fp32 master and two moments.
+    batch: six arrays of 4-byte numbers, for all micro-batches.
+    weights: c for each parameter that is multiplied, whole in stages 0-2, sharded in stage 3, where XLA casts the whole
+        stack before the scan and gathers layer by layer. An embedding that is only looked up is not among them.
+    accumulators: 4 for each parameter stored, if there is more than one micro-batch; they add up in fp32.
+    saved: c t D for each layer: its input.
+    layer: the gradients made so far (all but the embedding's, at worst), and what one layer's backward pass works with.
+    loss: the head's gradient, and what one chunk of the vocabulary works with.
+    """
+
+    state: int
+    batch: int
+    weights: int
+    accumulators: int
+    saved: int
+    layer: int
+    loss: int
+
+    @property
+    def arguments(self) -> int:
+        """State, which is donated, and batch."""
+        return self.state + self.batch
+
+    @property
+    def temporary(self) -> int:
+        """The heap at its greatest."""
+        return self.weights + self.accumulators + self.saved + max(self.layer, self.loss)
+
+
+def step_bytes(exp: Experiment, devices: int) -> StepBytes:
+    """The formula for an experiment's step on so many chips.
+
+    It speaks of flash attention; another kernel works with more. Raises ValueError unless `runtime.remat` is "full".
+    """
+    if exp.runtime.remat != "full":
+        raise ValueError(
+            f'step_bytes: runtime.remat must be "full", got {exp.runtime.remat!r}: what else is kept is the '
+            "compiler's choice; ask it with `jaxllm plan`"
+        )
+    layout = exp.runtime.layout or Layout()
+    sizes = layout.sizes(devices)
+    stored, used = _sizes(layout, sizes)
+    params = dict(paths(transformer_params(exp.model)))
+    looked_up = {path for path in params if path.startswith("embed/") and not (exp.model.tied and "tokens" in path)}
+    multiplied = [p for path, p in params.items() if path not in looked_up]
+    head = params["embed/tokens" if exp.model.tied else "head/kernel"]
+
+    c = _WIDTH[exp.runtime.compute_dtype]
+    t = exp.batch_size * exp.data.context // (sizes["replica"] * sizes["data"] * exp.accumulate)
+    gradient = _gradient(layout, exp.accumulate, c, stored, used)
+    return StepBytes(
+        state=12 * sum(map(stored, params.values())),
+        batch=24 * t * exp.accumulate,
+        weights=c * sum(map(stored if layout.zero == 3 else used, multiplied)),
+        accumulators=4 * sum(map(stored, params.values())) if exp.accumulate > 1 else 0,
+        saved=c * t * exp.model.dim * exp.model.layers,
+        layer=sum(map(gradient, multiplied)) + max(_layer(exp, b, t, c, sizes) for b in _blocks(exp)),
+        loss=gradient(head) + _loss(exp, t, c, sizes["tensor"]),
+    )
+
+
+def _sizes(layout: Layout, sizes: Mapping[str, int]) -> tuple[Size, Size]:
+    """Elements of a parameter that a chip stores, and that it multiplies."""
+
+    def ways(spec: PartitionSpec) -> int:
+        names = [name for axes in spec for name in ((axes,) if isinstance(axes, str) else axes or ())]
+        return math.prod(sizes[name] for name in names)
+
+    def stored(p: Param) -> int:
+        return math.prod(p.shape) // ways(storage(p, layout, sizes))
+
+    def used(p: Param) -> int:
+        return math.prod(p.shape) // ways(partition(p.axes, p.shape, layout, sizes))
+
+    return stored, used
+
+
+def _gradient(layout: Layout, accumulate: int, c: int, stored: Size, used: Size) -> Size:
+    """Bytes of a micro-batch's gradient, in the dtype of what the loss is differentiated by.
+
+    Stages 1 and 2 differentiate by the gathered copy, in the compute dtype; 0 and 3 by the fp32 masters. Whole in
+    stages 0 and 1, sharded as it is made in 2 and 3, and in 1 when it is added to sharded accumulators.
+    """
+    width = c if layout.zero in (1, 2) else 4
+    size = used if layout.zero == 0 or (layout.zero == 1 and accumulate == 1) else stored
+    return lambda p: width * size(p)
+
+
+def _blocks(exp: Experiment) -> list[Block]:
+    return [block for stack in exp.model.stacks for block in stack.pattern]
+
+
+def _layer(exp: Experiment, block: Block, t: int, c: int, sizes: Mapping[str, int]) -> int:
+    """One layer recomputed and differentiated, its weights' gradients last, so that their operands live to the end.
+
+    5 t D: its input, both norms' results, the stream between attention and ffn, the stream's gradient.
+    4 t (N + K) H: q, k, v, the output, and their gradients.
+    t F for each of the ffn's matrices (their operands: for a GLU gate, up and their product, each or its gradient).
+    Its largest matrix twice: gathered (stage 3), and its gradient before it is scattered. One at a time.
+    """
+    D, tensor = exp.model.dim, sizes["tensor"]
+    heads = (block.attn.heads + block.attn.kv_heads) * block.attn.head_dim // tensor
+    match block.ffn:
+        case GLU(hidden):
+            matrices = 3
+        case MLP(hidden):
+            matrices = 2
+        case other:
+            assert_never(other)
+    largest = D * max(hidden, block.attn.heads * block.attn.head_dim) // tensor
+    return c * (t * (5 * D + 4 * heads + matrices * hidden // tensor) + 2 * largest)
+
+
+def _loss(exp: Experiment, t: int, c: int, tensor: int) -> int:
+    """One chunk of C columns: logits and their gradient [t, C], the head's rows and their gradient [C, D] in the
+    compute dtype; the hidden states and the sum of their gradients [t, D] in fp32.
+    """
+    D, V = exp.model.dim, exp.model.vocab
+    C = V // -(-V // exp.runtime.vocab_chunk) // tensor
+    return c * (2 * t * C + 2 * C * D) + 4 * 2 * t * D
