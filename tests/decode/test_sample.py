@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import cache
+from jaxllm import cache, leaves
 from jaxllm import params as trees
 from jaxllm.decode import sample
 from jaxllm.decode.rules import Sampling
@@ -148,6 +148,30 @@ def test_bfloat16() -> None:
     want = generate(spec, params, PROMPTS, max_new_tokens=4, runtime=RUNTIME)
     np.testing.assert_allclose(plain.logprob_BT[:, 0], want.logprob_BT[:, 0], atol=0.05)
     np.testing.assert_allclose(ready.logprob_BT[:, 0], want.logprob_BT[:, 0], atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("equation", "shape", "split"),
+    [
+        ("BTD,DNH->BTNH", (8, 3, 4), 1),
+        ("BTNH,NHD->BTD", (3, 4, 8), 2),
+        ("BTD,DF->BTF", (8, 5), 1),
+        ("BTD,VD->BTV", (7, 8), 1),
+    ],
+)
+def test_a_matrix_is_its_weight(equation: str, shape: tuple[int, ...], split: int, rows: int, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=shape), dtype)
+    x_shape = {"BTNH": (rows, 1, 3, 4), "BTD": (rows, 1, 8)}[equation.split(",", maxsplit=1)[0]]
+    x = jnp.asarray(rng.normal(size=x_shape), dtype)
+    flat = leaves.matrix(w, split)
+    tolerance = 1e-5 if dtype == "float32" else 0.02
+    got, want = leaves.project(x, flat, equation), leaves.project(x, w, equation)
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    np.testing.assert_allclose(np.float32(got), np.float32(want), atol=tolerance, rtol=tolerance)
+    np.testing.assert_array_equal(leaves.dense(flat, w.dtype), w)
 
 
 # ----------------------------------------------------------------------------------------------- cache verbs
