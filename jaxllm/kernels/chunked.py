@@ -67,7 +67,7 @@ def chunked(
         _cut(k_BSKH.transpose(0, 2, 1, 3), 2, block_k),
         _cut(v_BSKH.transpose(0, 2, 1, 3), 2, block_k),
     )
-    o = _attend(call, shares, at)
+    o: Any = _attend(call, shares, at)
     return ungroup(_join(o, 3)[:, :, :, :T])
 
 
@@ -104,7 +104,8 @@ def _lists(pattern: config.Pattern, mask: Mask, T: int, S: int, block_q: int, bl
     table = kinds(pattern, T, S, block_q, block_k)
     if mask.q_slot_BT is not None or mask.k_slot_BS is not None:
         table = np.full_like(table, Kind.MIXED)
-    blocks = Blocks(*(x.ravel() for x in np.indices(table.shape)), table.ravel())
+    q, k = np.indices(table.shape)
+    blocks = Blocks(q.ravel(), k.ravel(), table.ravel())
     segments = mask.k_segment_BS is not None
     found = [(blocks.only(Kind.FULL), segments, False), (blocks.only(Kind.MIXED), True, False)]
     if mask.prefix_B is not None:
@@ -118,7 +119,7 @@ def _over_blocks(call: Call, at: Names, body: Callable[..., Any], carry: Any) ->
 
         def step(carry: Any, pair: Any, masked: bool = masked, reach: bool = reach) -> tuple[Any, None]:
             i, j = pair
-            if not reach:
+            if not reach or at.prefix_B is None:
                 return body(carry, i, j, masked), None
             reached = jnp.min(at.k_slot_BS[j]) < jnp.max(at.prefix_B)
             return lax.cond(reached, lambda c: body(c, i, j, masked), lambda c: c, carry), None

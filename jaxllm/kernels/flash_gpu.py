@@ -92,8 +92,8 @@ def flash_gpu(
     cut = cut_for(T, S, _power(H), q_BTNH.dtype)
     call = Call(pattern, scale, softcap, N, K, T, S, cut.forward.q, cut.forward.k, arrays, interpret)
     widths = ((0, 0), (0, 0), (0, 0), (0, _power(H) - H))
-    wide = [jnp.pad(x, widths) for x in (q_BTNH, k_BSKH, v_BSKH)]
-    o = _attend(call, cut, operands(call, *wide, mask), mask.prefix_B)
+    q, k, v = (jnp.pad(x, widths) for x in (q_BTNH, k_BSKH, v_BSKH))
+    o: Any = _attend(call, cut, operands(call, q, k, v, mask), mask.prefix_B)
     return result(call, o)[..., :H]
 
 
@@ -303,7 +303,7 @@ def _dq(call: Call, blocks: Blocks, x: Operands, prefix: Array | None, out: tupl
 
 def _dkv(call: Call, blocks: Blocks, x: Operands, prefix: Array | None, out: tuple[Array, Array, Array]) -> Any:
     heads, _, H = x.k.shape
-    q, *out = (a.reshape(heads, -1, *a.shape[2:]) for a in (x.q, *out))
+    q, *rest = (a.reshape(heads, -1, *a.shape[2:]) for a in (x.q, *out))
     every = pl.BlockSpec((None, *q.shape[1:]), lambda h, _: (h, 0, 0))
     statistic = pl.BlockSpec((None, q.shape[1]), lambda h, _: (h, 0))
     own = pl.BlockSpec((None, call.block_k, H), lambda h, j: (h, j, 0))
@@ -312,7 +312,7 @@ def _dkv(call: Call, blocks: Blocks, x: Operands, prefix: Array | None, out: tup
     specs, grid = [*specs, every, statistic, statistic], (heads, -(-call.S // call.block_k))
     shapes = [jax.ShapeDtypeStruct(x.k.shape, x.k.dtype)] * 2
     return _launch(call, blocks, _dkv_kernel, grid, in_specs=specs, out_specs=[own, own], out_shape=shapes)(
-        *arrays, *out
+        *arrays, *rest
     )
 
 

@@ -135,7 +135,7 @@ def _layout(call: Call, H: int, visits: int, place: Callable[..., tuple[Any, Any
 
 def _inputs(call: Call, layout: Layout, x: Operands) -> tuple[list[pl.BlockSpec], list[Array]]:
     """Specs and arrays of the operands that are there."""
-    specs = Operands(layout.q, layout.k, layout.k, layout.q_segment, layout.k_segment)
+    specs = (layout.q, layout.k, layout.k, layout.q_segment, layout.k_segment)  # in the order of Operands
     there = [(spec, array) for spec, array in zip(specs, x, strict=True) if array is not None]
     return [spec for spec, _ in there], [array for _, array in there]
 
@@ -243,7 +243,7 @@ def _column(call: Call) -> Any:
     return pltpu.VMEM((call.block_k, 128) if call.arrays.k_segment else (8, 128), jnp.int32)
 
 
-def _params(cut: Sizes, *semantics: str) -> Any:
+def _params(cut: Sizes, *semantics: Any) -> Any:
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=cut.vmem)
 
 
@@ -301,7 +301,7 @@ def _backward_kernel(call: Call, cut: Sizes, plan: Schedule, first_key: int, mor
         delta[...] = (do_ref[...].astype(jnp.float32) * o_ref[...].astype(jnp.float32)).T.sum(0, keepdims=True)
         dq[...] = jnp.zeros_like(dq)
 
-    def score(a: int, b: int, masked: bool) -> tuple[Array, ...]:
+    def score(a: int, b: int, masked: bool) -> tuple[Any, ...]:
         at, keys = pl.ds(a * tile.q, tile.q), pl.ds(b * tile.k, tile.k)
         s, t = scores(call, dot(x.k[keys, :], q_folded[at, :], ROWS_BY_ROWS))
         dp = dot(x.v[keys, :], do_ref[at, :], ROWS_BY_ROWS)
@@ -377,7 +377,8 @@ def _span(call: Call, cut: Sizes, saved: tuple[Any, ...], do: Array, keys: Span,
 
 def _backward(call: Call, cut: Sizes, saved: tuple[Any, ...], do: Array) -> tuple[Operands, None]:
     blocks, step = saved[0].k.shape[1] // call.block_k, cut.span // call.block_k
-    dq, dks, dvs = None, [], []
+    dq: Any = None
+    dks, dvs = [], []
     for start in range(0, blocks, step):
         keys = Span(start, min(start + step, blocks), start + step >= blocks)
         dq, dk, dv = _span(call, cut, saved, do, keys, dq)

@@ -89,9 +89,11 @@ def schedule(pattern: config.Pattern, shape: Shape, arrays: Arrays, keys: tuple[
         wanted = np.where(outside[None], Kind.EMPTY, wanted)
     variant, variants = _variants(loose, wanted, arrays)
     first_key = 0 if keys is None else keys[0]
-    idle = ~wanted.any(1)  # query blocks that see nothing still have to be written
-    q, k = np.nonzero((wanted > 0) | (idle[:, None] & (np.arange(kind.shape[1]) == first_key)))
-    turn = np.diff(q, prepend=-1, append=-1) != 0
+    idle = np.logical_not(
+        np.any(wanted > 0, axis=1, keepdims=True)
+    )  # query blocks to be written, though they see nothing
+    q, k = np.nonzero((wanted > 0) | (idle & (np.arange(kind.shape[1]) == first_key)))
+    turn = np.asarray(np.diff(q, prepend=-1, append=-1) != 0)
     edge = turn[:-1] + 2 * turn[1:]
     return Schedule(Visits(*(x.astype(np.int32) for x in (q, k, kind[q, k], variant[q, k], edge))), variants)
 

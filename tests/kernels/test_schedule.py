@@ -31,7 +31,7 @@ def masks(draw, B=2):
     return T, S, Mask(q_segment_BT=q_segment, k_segment_BS=k_segment, prefix_B=prefix)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(patterns, masks())
 def test_visits_cover_the_mask_and_hide_what_they_must(pattern, drawn):
     T, S, mask = drawn
