@@ -213,7 +213,12 @@ def whole_chunks(width: int) -> int:
 # ---------------------------------------------------------------------------------------------------- the programs
 
 
-def pad(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B S"]:
+def ints(values: Sequence[int]) -> Any:
+    """numpy int32 [n], which jit takes as it takes an Array."""
+    return np.array(values, np.int32)
+
+
+def pad(rows: Sequence[Sequence[int]], width: int) -> Any:
     """Rows of ids as one int32 array, 0 past their ends."""
     out = np.zeros((len(rows), width), np.int32)
     for b, row in enumerate(rows):
@@ -228,7 +233,7 @@ def _start(
     rows = np.arange(seeds, seeds + batch) if isinstance(seeds, int) else np.asarray(seeds)
     if rows.shape != (batch,):
         raise ValueError(f"generate: wants one seed per prompt, got {rows.size} seeds for {batch} prompts")
-    length_B = np.array([len(p) for p in prompts], np.int32)
+    length_B = ints([len(p) for p in prompts])
     feed = Feed(pad(prompts, whole_chunks(width)), np.zeros_like(length_B), length_B)
     return feed, Past(pad(prompts, program.size), length_B, length_B), rows.astype(np.uint32), length_B + np.int32(new)
 
@@ -238,7 +243,7 @@ def empty(program: Program, batch: int) -> Caches:
     runtime = program.runtime
     caches = cache.init(program.spec, batch, program.size, runtime.compute_dtype, program.ring)
     place = partial(constrain, axes=(None, "batch", "kv_heads", None, None), layout=runtime.layout)
-    return tuple(tuple(c.replace(k=place(c.k), v=place(c.v)) for c in stack) for stack in caches)
+    return tuple(tuple(replace(c, k=place(c.k), v=place(c.v)) for c in stack) for stack in caches)
 
 
 def run(program: Program, params: Params, caches: Caches, feed: Feed, fresh: bool = False) -> tuple[Array, Output]:
@@ -306,13 +311,14 @@ def choose(program: Program, params: Params, state: State, hidden_BD: Float[Arra
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], 1)[:, 0]
     logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, -1)
     here_BS = (jnp.arange(program.size)[None] == past.length_B[:, None]) & ~state.done_B[:, None]
-    past = past.replace(
+    past = replace(
+        past,
         tokens_BS=jnp.where(here_BS, token_B[:, None], past.tokens_BS),
         length_B=past.length_B + ~state.done_B,
     )
     ended_B = jnp.isin(token_B, jnp.asarray(program.eos, jnp.int32)) | (past.length_B >= state.limit_B)
     logprob_BS = jnp.where(here_BS, logprob_B[:, None], state.logprob_BS)
-    return state.replace(past=past, rules=rules, logprob_BS=logprob_BS, done_B=state.done_B | ended_B)
+    return replace(state, past=past, rules=rules, logprob_BS=logprob_BS, done_B=state.done_B | ended_B)
 
 
 def advance(program: Program, params: Params, state: State, steps: Int[Array, ""] | int) -> State:
@@ -330,7 +336,7 @@ def advance(program: Program, params: Params, state: State, steps: Int[Array, ""
         seen_B = _last(new.past) >= 0  # always so; it makes the write wait for the token even if nothing else does
         count_B = (~new.done_B & seen_B).astype(jnp.int32)
         caches = cache.commit(state.caches, out.rows, at_B, count_B)
-        return i + 1, new.replace(caches=caches, cached_B=state.cached_B + count_B)
+        return i + 1, replace(new, caches=caches, cached_B=state.cached_B + count_B)
 
     return jax.lax.while_loop(going, step, (jnp.int32(0), state))[1]
 
@@ -343,7 +349,7 @@ def _last(past: Past) -> Int[Array, " B"]:
 @partial(jax.jit, static_argnums=0)
 def _generate(program: Program, params: Params, feed: Feed, past: Past, seed_B: Array, limit_B: Array) -> State:
     state = begin(program, params, None, feed, past, seed_B, limit_B)
-    return advance(program, params, state, program.size).replace(caches=())
+    return replace(advance(program, params, state, program.size), caches=())
 
 
 @partial(jax.jit, static_argnums=1)

@@ -17,7 +17,7 @@ from jaxllm.cache import Caches, forget
 from jaxllm.config import Transformer
 from jaxllm.data.tokenizer import Stream, Tokenizer
 from jaxllm.decode.rules import GREEDY, Past, Sampling
-from jaxllm.decode.sample import Feed, Program, State, advance, begin, bucket, check, layered, pad, whole_chunks
+from jaxllm.decode.sample import Feed, Program, State, advance, begin, bucket, check, ints, layered, pad, whole_chunks
 from jaxllm.records import Params
 from jaxllm.runtime import Runtime
 
@@ -63,11 +63,11 @@ class Decoder:
     def _tokens(self, prompt: list[int], new: int, sampling: Sampling, seed: int) -> Iterator[int]:
         program = self._program(len(prompt) + new, sampling)
         reused = self.reusable(prompt)
-        limit_B = np.int32([len(prompt) + new])
-        past = Past(pad([prompt], program.size), np.int32([len(prompt)]), np.int32([len(prompt)]))
+        limit_B = ints([len(prompt) + new])
+        past = Past(pad([prompt], program.size), ints([len(prompt)]), ints([len(prompt)]))
         rest = prompt[reused:]
-        feed = Feed(pad([rest], whole_chunks(bucket(len(rest)))), np.int32([reused]), np.int32([len(rest)]))
-        args = (feed, past, np.uint32([seed]), limit_B)
+        feed = Feed(pad([rest], whole_chunks(bucket(len(rest)))), ints([reused]), ints([len(rest)]))
+        args = (feed, past, np.array([seed], np.uint32), limit_B)
         if self._state is None or not reused:
             self._state = _begin(program, self.params, *args)
         else:

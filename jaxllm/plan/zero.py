@@ -83,7 +83,7 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
 
     c = _WIDTH[exp.runtime.compute_dtype]
     t = exp.batch_size * exp.data.context // (sizes["replica"] * sizes["data"] * exp.accumulate)
-    gradient = _gradient(layout, exp.accumulate, c, stored, used)
+    gradient = _gradient(layout, c, stored, used)
     return StepBytes(
         state=12 * sum(map(stored, params.values())),
         batch=24 * t * exp.accumulate,
@@ -111,14 +111,15 @@ def _sizes(layout: Layout, sizes: Mapping[str, int]) -> tuple[Size, Size]:
     return stored, used
 
 
-def _gradient(layout: Layout, accumulate: int, c: int, stored: Size, used: Size) -> Size:
+def _gradient(layout: Layout, c: int, stored: Size, used: Size) -> Size:
     """Bytes of a micro-batch's gradient, in the dtype of what the loss is differentiated by.
 
-    Stages 1 and 2 differentiate by the gathered copy, in the compute dtype; 0 and 3 by the fp32 masters. Whole in
-    stages 0 and 1, sharded as it is made in 2 and 3, and in 1 when it is added to sharded accumulators.
+    Stages 1 and 2 differentiate by the gathered copy, in the compute dtype; 0 and 3 by the fp32 masters. Whole in stage
+    0, sharded as it is made in the others: stage 1 asks for whole ones, but XLA carries the optimiser's layout back into
+    the scan that makes them, and compiles it like stage 2.
     """
     width = c if layout.zero in (1, 2) else 4
-    size = used if layout.zero == 0 or (layout.zero == 1 and accumulate == 1) else stored
+    size = used if layout.zero == 0 else stored
     return lambda p: width * size(p)
 
 
