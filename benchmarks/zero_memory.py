@@ -76,9 +76,7 @@ def main() -> None:
     parser.add_argument("cells", nargs="*", type=cell, metavar="STAGE,ACCUMULATE", help="default: all eight")
     parser.add_argument("--json", metavar="FILE", help="write the rows, in bytes")
     options = parser.parse_args()
-    table = Table("ZeRO", "accumulate", *(f"{what} MiB" for what in ("arguments", "formula")), "ratio")
-    for what in ("temporary MiB", "formula MiB", "ratio"):
-        table.add_column(what)
+    table = Table("ZeRO", "acc.", "args MiB", "formula", "ratio", "temp MiB", "formula", "ratio")
     rows = []
     for zero, accumulate in options.cells or CELLS:
         found = row(zero, accumulate)

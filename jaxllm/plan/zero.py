@@ -1,11 +1,12 @@
-"""What a training step holds under ZeRO stages 0-3, by a formula with no fitted constant.
+"""What a training step holds under ZeRO stages 0-3, by a formula that counts arrays.
 
     arguments = 12 P_stored + 24 tokens                              fp32 masters, two moments, the batch's six arrays
     temporary = weights + accumulators + saved + max(layer, loss)    all bytes per chip
 
 P is taken parameter by parameter from the layout's own tables (`sharding.partition`, `sharding.storage`). The heap is
 at its greatest either while the backward pass is in a layer or while it is in the loss; everything else lives through
-both. `benchmarks/zero_memory.py` holds the formula against the TPU compiler. (Rajbhandari et al. 2020, §3; activations
+both. How many arrays `layer` and `loss` count was read from compiled programs (stages 2 and 3, one model), then held
+fixed for every other cell. `benchmarks/zero_memory.py` holds the formula against the TPU compiler. (Rajbhandari et al. 2020, §3; activations
 under full recomputation: Chen et al. 2016.)
 """
 
@@ -115,8 +116,8 @@ def _gradient(layout: Layout, c: int, stored: Size, used: Size) -> Size:
     """Bytes of a micro-batch's gradient, in the dtype of what the loss is differentiated by.
 
     Stages 1 and 2 differentiate by the gathered copy, in the compute dtype; 0 and 3 by the fp32 masters. Whole in stage
-    0, sharded as it is made in the others: stage 1 asks for whole ones, but XLA carries the optimiser's layout back into
-    the scan that makes them, and compiles it like stage 2.
+    0, sharded as it is made in the others. Stage 1 asks for whole ones; compiled, its gradient stacks are sharded like
+    those of stage 2 (presumably XLA carries the optimiser's layout back into the scan that makes them).
     """
     width = c if layout.zero in (1, 2) else 4
     size = used if layout.zero == 0 else stored
