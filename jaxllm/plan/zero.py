@@ -6,8 +6,11 @@
 P is taken parameter by parameter from the layout's own tables (`sharding.partition`, `sharding.storage`). The heap is
 at its greatest either while the backward pass is in a layer or while it is in the loss; everything else lives through
 both. How many arrays `layer` and `loss` count was read from compiled programs (stages 2 and 3, one model), then held
-fixed for every other cell. `benchmarks/zero_memory.py` holds the formula against the TPU compiler. (Rajbhandari et al. 2020, §3; activations
-under full recomputation: Chen et al. 2016.)
+fixed for every other cell.
+`benchmarks/zero_memory.py` holds the formula against the TPU compiler. Known to be too high for stage 1, whose loss
+holds one [t, C] buffer of logits where two are counted.
+
+(Rajbhandari et al. 2020, §3; activations under full recomputation: Chen et al. 2016.)
 """
 
 from __future__ import annotations
