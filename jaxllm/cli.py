@@ -7,17 +7,15 @@ where they were noticed. Anything else is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm import experiment
+from jaxllm import experiment, host
 from jaxllm.data.audit import show_batch
 from jaxllm.data.mixture import batch_at
 from jaxllm.decode import chat
@@ -43,8 +41,7 @@ def entry() -> None:
 def main(argv: Sequence[str]) -> int:
     """Run one verb; returns the exit code."""
     args = parser().parse_args(argv)
-    skip_absent_tpu()
-    use_compilation_cache()
+    host.prepare()
     try:
         return args.run(args)
     except EXPECTED as error:
@@ -55,21 +52,6 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def skip_absent_tpu() -> None:
-    """Where libtpu is installed but no TPU is (to plan, say), jax would look for one and complain loudly."""
-    devices = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*"), *Path("/dev").glob("nvidia*")]
-    if not devices and jax.config.values.get("jax_platforms") is None and importlib.util.find_spec("libtpu"):
-        jax.config.update("jax_platforms", "cpu")
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs in ~/.cache/jaxllm, so that a second start is quick. JAX_COMPILATION_CACHE_DIR wins."""
-    if jax.config.values.get("jax_compilation_cache_dir") is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(home / "jaxllm" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------- verbs

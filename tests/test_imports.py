@@ -9,7 +9,7 @@ import jaxllm
 
 ROOT = Path(jaxllm.__file__).parent
 ROOMS = [
-    "config", "serial", "params", "leaves", "sharding", "runtime", "records", "cache", "kernels", "nn", "rules",
+    "config", "serial", "host", "params", "leaves", "sharding", "runtime", "records", "cache", "kernels", "nn", "rules",
     "transformer", "flops", "models", "experiment", "data", "convert", "objectives", "decode", "train", "model",
     "plan", "doctor", "cli",
 ]  # fmt: skip
