@@ -13,7 +13,7 @@ if [ ! -x .venv-test/bin/python ]; then "$python" -m venv .venv-test; fi
 
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check .
-.venv-test/bin/pyright jaxllm
+.venv-test/bin/pyright --pythonpath .venv-test/bin/python jaxllm
 .venv-test/bin/python -m pytest -n 2 --dist worksteal "$@"
 
 # The newer end of the supported range: Python 3.12 or later with the newest jax.

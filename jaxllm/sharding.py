@@ -7,8 +7,8 @@ edit of the model. Two tables follow from it:
     storage   how fp32 masters and optimiser moments lie: compute, plus the "data" axis from ZeRO stage 1 on
 
     stage 0   everything replicated over data
-    stage 1   storage sharded; one compute-dtype copy gathered per step; gradients kept whole
-    stage 2   as 1, gradients sharded as they are made
+    stage 1   storage sharded; one compute-dtype copy of the layers gathered per step
+    stage 2   the same: XLA shards stage 1's gradients as they are made too, asked or not, so both are asked for
     stage 3   storage sharded; each layer gathered as it is used, its gradient scattered as it is made (FSDP)
 
 (Rajbhandari et al. 2020.) The gradient's layout is set where a weight is used, by the one custom_vjp of this file:
@@ -181,7 +181,7 @@ _relay.defvjp(_relay_fwd, _relay_bwd)
 def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -> Any:
     """Weights ready to be multiplied: floating arrays in `dtype` and in the compute layout.
 
-    tree: the declaration of `params`.  The gradient that flows back is in the storage layout (whole in stages 0 and 1).
+    tree: the declaration of `params`.  The gradient that flows back is in the storage layout (whole in stage 0).
     Integer arrays (quantised values) are laid out but not cast; scales stay float32.
     """
     sizes = mesh_sizes()
@@ -193,7 +193,7 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
             if layout is None or not sizes:
                 return x.astype(cast)
             forward = partition(axes, x.shape, layout, sizes)
-            sharded = layout.zero >= 2 and axes == p.axes
+            sharded = layout.zero >= 1 and axes == p.axes
             return _relay(x, cast, forward, storage(p, layout, sizes) if sharded else forward)
 
         return leaves.map_arrays(array, w, p.axes, outputs=_outputs(p))

@@ -7,8 +7,7 @@ P is taken parameter by parameter from the layout's own tables (`sharding.partit
 at its greatest either while the backward pass is in a layer or while it is in the loss; everything else lives through
 both. How many arrays `layer` and `loss` count was read from compiled programs (stages 2 and 3, one model), then held
 fixed for every other cell.
-`benchmarks/zero_memory.py` holds the formula against the TPU compiler. Known to be too high for stage 1, whose loss
-holds one [t, C] buffer of logits where two are counted.
+`benchmarks/zero_memory.py` holds the formula against the TPU compiler.
 
 (Rajbhandari et al. 2020, §3; activations under full recomputation: Chen et al. 2016.)
 """
@@ -41,7 +40,8 @@ class StepBytes:
     state: 12 for each parameter a chip stores: fp32 master and two moments.
     batch: six arrays of 4-byte numbers, for all micro-batches.
     weights: c for each parameter that is multiplied, whole in stages 0-2, sharded in stage 3, where XLA casts the whole
-        stack before the scan and gathers layer by layer. An embedding that is only looked up is not among them.
+        stack before the scan and gathers layer by layer. The head is sharded from stage 1 on, and gathered chunk by
+        chunk. An embedding that is only looked up is not among them.
     accumulators: 4 for each parameter stored, if there is more than one micro-batch; they add up in fp32.
     saved: c t D for each layer: its input.
     layer: the gradients made so far (all but the embedding's, at worst), and what one layer's backward pass works with.
@@ -87,11 +87,11 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
 
     c = _WIDTH[exp.runtime.compute_dtype]
     t = exp.batch_size * exp.data.context // (sizes["replica"] * sizes["data"] * exp.accumulate)
-    gradient = _gradient(layout, c, stored, used)
+    gradient = _gradient(layout, head, c, stored, used)
     return StepBytes(
         state=12 * sum(map(stored, params.values())),
         batch=24 * t * exp.accumulate,
-        weights=c * sum(map(stored if layout.zero == 3 else used, multiplied)),
+        weights=c * sum(stored(p) if layout.zero == 3 or (layout.zero and p is head) else used(p) for p in multiplied),
         accumulators=4 * sum(map(stored, params.values())) if exp.accumulate > 1 else 0,
         saved=c * t * exp.model.dim * exp.model.layers,
         layer=sum(map(gradient, multiplied)) + max(_layer(exp, b, t, c, sizes) for b in _blocks(exp)),
@@ -115,16 +115,14 @@ def _sizes(layout: Layout, sizes: Mapping[str, int]) -> tuple[Size, Size]:
     return stored, used
 
 
-def _gradient(layout: Layout, c: int, stored: Size, used: Size) -> Size:
+def _gradient(layout: Layout, head: Param, c: int, stored: Size, used: Size) -> Size:
     """Bytes of a micro-batch's gradient, in the dtype of what the loss is differentiated by.
 
-    Stages 1 and 2 differentiate by the gathered copy, in the compute dtype; 0 and 3 by the fp32 masters. Whole in stage
-    0, sharded as it is made in the others. Stage 1 asks for whole ones; compiled, its gradient stacks are sharded like
-    those of stage 2 (presumably XLA carries the optimiser's layout back into the scan that makes them).
+    Stages 1 and 2 differentiate by the gathered copy, in the compute dtype, but the head by its fp32 master; 0 and 3 by
+    the fp32 masters. Whole in stage 0, sharded as it is made in the others.
     """
-    width = c if layout.zero in (1, 2) else 4
     size = used if layout.zero == 0 else stored
-    return lambda p: width * size(p)
+    return lambda p: (c if layout.zero in (1, 2) and p is not head else 4) * size(p)
 
 
 def _blocks(exp: Experiment) -> list[Block]:

@@ -9,6 +9,7 @@ Nothing here knows the model: a loss is any `loss(params, batch, key) -> (weight
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxllm.params import ParamTree, init, map_params, paths
+from jaxllm.params import Param, ParamTree, init, map_params, paths
 from jaxllm.records import Batch, TrainState
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import mesh_sizes, partition, storage, storage_shardings, use
@@ -113,6 +114,7 @@ def make_step(
             "bad_streak": jnp.where(good, 0, state.extra["bad_streak"] + 1),
         }
         new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), extra)
+        new = _pinned(new, tree, optimizer, runtime)
         metrics = {"loss": mean, "grad_norm": norm, "learning_rate": learning_rate(state.step), **extra, **aux}
         if layer_norms:
             metrics |= {f"grad_norm/{path}": jnp.linalg.norm(g.ravel()) for path, g in paths(grads)}
@@ -127,11 +129,13 @@ def gradients(
     """(weighted mean loss, summed aux, fp32 gradients in the storage layout) over all micro-batches.
 
     ZeRO stages 1 and 2 gather one compute-dtype copy of the weights here, once for all micro-batches, and differentiate
-    with respect to it.
+    with respect to it. Tables stay fp32 and sharded: a lookup's gradient adds up thousands of rows for a common token,
+    which the compute dtype would lose, and neither the lookup nor the chunked loss needs them whole.
     """
     layout = runtime.layout
     if layout is not None and layout.zero in (1, 2) and mesh_sizes():
-        params = use(tree, params, layout, runtime.compute_dtype)
+        gathered = use(tree, params, layout, runtime.compute_dtype)
+        params = map_params(lambda p, whole, master: master if _is_table(p) else whole, tree, gathered, params)
 
     def total(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         mean, aux = loss(params, batch, key)
@@ -149,6 +153,11 @@ def gradients(
     return value / weight, aux, jax.tree.map(lambda g: g / weight, grads)
 
 
+def _is_table(p: Param) -> bool:
+    """Whether a parameter is looked up by row: embeddings, and the head that shares their shape."""
+    return p.axes[0] in ("vocab", "positions") and len(p.axes) == 2
+
+
 def _accumulated(micro: Any, batch: Batch, key: Array, accumulate: int) -> Any:
     """The sum of `micro` over micro-batches. Rows are dealt out in turn, so that no row changes its device."""
     dealt = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -160,6 +169,18 @@ def _accumulated(micro: Any, batch: Batch, key: Array, accumulate: int) -> Any:
         return jax.tree.map(jnp.add, total, micro(*x)), None
 
     return jax.lax.scan(add, zeros, (dealt, keys))[0]
+
+
+def _pinned(
+    state: TrainState, tree: ParamTree, optimizer: optax.GradientTransformation, runtime: Runtime
+) -> TrainState:
+    """The state with masters and moments in the storage layout: where it lives must not be XLA's choice."""
+    layout, sizes = runtime.layout, mesh_sizes()
+    if layout is None or not sizes:
+        return state
+    specs, pin = map_params(lambda p: storage(p, layout, sizes), tree), jax.lax.with_sharding_constraint
+    moments = optax.tree_map_params(optimizer, pin, state.opt_state, specs)
+    return replace(state, params=jax.tree.map(pin, state.params, specs), opt_state=moments)
 
 
 def _stored(tree: ParamTree, grads: Any, runtime: Runtime) -> Any:

@@ -36,8 +36,9 @@ def test_the_state_is_12_bytes_per_parameter_a_chip_stores():
 
 
 def test_weights_are_whole_below_stage_3_and_the_embedding_is_not_among_them():
-    for zero in (0, 1, 2):
-        assert step_bytes(experiment(zero), 8).weights == 2 * (MATRICES - V * D + NORMS)
+    assert step_bytes(experiment(0), 8).weights == 2 * (MATRICES - V * D + NORMS)
+    for zero in (1, 2):  # the head is gathered chunk by chunk
+        assert step_bytes(experiment(zero), 8).weights == 2 * (MATRICES - 2 * V * D + V * D // 8 + NORMS)
     assert step_bytes(experiment(3), 8).weights == 2 * ((MATRICES - V * D) // 8 + NORMS)
 
 
@@ -45,9 +46,10 @@ def test_gradients_by_stage():
     """The heap beyond what every stage works with in a layer: bytes per parameter of the layers and the head."""
     layer = [step_bytes(experiment(zero), 8).layer for zero in range(4)]
     multiplied = MATRICES - V * D
-    assert layer[0] - layer[1] == 4 * (multiplied + NORMS) - 2 * (multiplied // 8 + NORMS)
+    head = 2 * V * D // 8  # differentiated in fp32 from stage 1 on
+    assert layer[0] - layer[1] == 4 * (multiplied + NORMS) - 2 * (multiplied // 8 + NORMS) - head
     assert layer[1] == layer[2]
-    assert layer[3] - layer[2] == 2 * (multiplied // 8 + NORMS)
+    assert layer[3] - layer[2] == 2 * (multiplied // 8 + NORMS) - head
 
 
 def test_accumulators_are_sharded_from_stage_1_on():
@@ -65,7 +67,7 @@ def test_tensor_parallelism_cuts_what_is_multiplied():
 
 def test_an_embedding_that_is_also_the_head_counts():
     exp = replace(experiment(2), model=PRESETS["smollm2_135m"]())
-    assert step_bytes(exp, 8).weights == 2 * 134_515_008
+    assert step_bytes(exp, 8).weights == 2 * (134_515_008 - 49_152 * 576 * 7 // 8)
 
 
 def test_other_recomputation_is_refused():
