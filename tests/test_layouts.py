@@ -86,7 +86,7 @@ def test_accumulation_equals_the_big_batch():
 
 
 def assert_same(got, want):
-    """Losses (column 0, and 2 onwards by channel) to 1e-5 at all steps; the gradient's norm while nothing has drifted."""
+    """Losses (column 0, by channel from 2 on) to 1e-5 at all steps; the gradient norm while nothing has drifted."""
     loss = [0, 2, 3]
     np.testing.assert_allclose(got[:, loss], want[:, loss], rtol=1e-5)
     np.testing.assert_allclose(got[:3, 1], want[:3, 1], rtol=1e-5)
