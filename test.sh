@@ -17,7 +17,7 @@ if [ ! -x .venv-test/bin/python ]; then "$python" -m venv .venv-test; fi
 .venv-test/bin/python -m pytest -n 2 --dist worksteal "$@"
 
 # The newer end of the supported range: Python 3.12 or later with the newest jax.
-for newer in python3.13 python3.12; do
+for newer in python3.12 python3.13; do
   found=$(ls -d "$HOME"/.pyenv/versions/"${newer#python}"*/bin/python 2>/dev/null | tail -1 || true)
   candidate=${found:-$newer}
   if "$candidate" -c "import sys; sys.exit(sys.version_info < (3, 12))" 2>/dev/null; then
