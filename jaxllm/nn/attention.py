@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.cache import KV
 from jaxllm.config import GQA, Attention, Causal, Pattern
+from jaxllm.kernels.attention import DECODE_QUERIES
 from jaxllm.kernels.attention import attention as attention_op
 from jaxllm.kernels.reference import names, visible
 from jaxllm.nn.ffn import linear, linear_params
@@ -28,8 +29,6 @@ from jaxllm.params import ParamTree
 from jaxllm.records import Inputs, Mask
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import mesh_sizes, partition
-
-DECODE_QUERIES = 16  # up to this many query tokens against a cache take the two-part softmax
 
 
 def attention_params(cfg: Attention, dim: int, gain: float = 1.0) -> ParamTree:

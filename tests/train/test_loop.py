@@ -85,7 +85,6 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, monkeyp
     from jaxllm.train import step as steps_module
 
     exp = experiment(tmp_path, max_bad_steps=3)
-    before = {}
     original = steps_module.gradients
 
     def poisoned(loss, tree, params, batch, key, runtime, accumulate):
@@ -94,22 +93,12 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, monkeyp
         return value + bad, aux, jax.tree.map(lambda g: g + bad, grads)
 
     monkeypatch.setattr(steps_module, "gradients", poisoned)
-    setup_original = loop.set_up
-
-    def set_up(*args):
-        setup = setup_original(*args)
-        before["params"] = jax.device_get(setup.state.params)
-        return setup
-
-    monkeypatch.setattr(loop, "set_up", set_up)
     with pytest.raises(FloatingPointError, match=r"3 steps in a row.*peak_lr"):
         train(exp, QUIET)
-    assert before
+    assert not steps(tmp_path / "run" / "checkpoints"), "no checkpoint of weights that never moved"
 
 
 def test_a_bad_step_changes_only_counters(tmp_path):
-    from functools import partial
-
     from jaxllm.train.optimizer import make_optimizer
     from jaxllm.train.step import init_state, make_step
     from jaxllm.transformer import transformer_params
@@ -132,7 +121,6 @@ def test_a_bad_step_changes_only_counters(tmp_path):
     state, m = step(state, {"scale": jnp.float32(1.0)})
     assert (int(m["skipped"]), int(m["bad_streak"])) == (1, 0)
     assert not equal(state.params, kept[0])
-    assert partial
 
 
 @pytest.mark.parametrize(
@@ -171,7 +159,7 @@ def test_a_tokenizer_that_does_not_match_the_checkpoint(tmp_path):
     from jaxllm.data.train_tokenizer import train_tokenizer
 
     exp = experiment(tmp_path)
-    train(replace(exp, steps=4, optimizer=replace(exp.optimizer)), QUIET)
+    train(replace(exp, steps=4), QUIET)
     train_tokenizer(["completely different words entirely " * 30], 290).save(tmp_path / "run" / "tokenizer")
     with pytest.raises(ValueError, match="tokenizer"):
         train(replace(exp, steps=8), QUIET)
