@@ -6,7 +6,7 @@
 tenth of the corpus (a widely used minimal trainer's CPU recipe reaches 2.73), and samples that read like plays.
 """
 
-from jaxllm.config import GLU, GQA, Block, RMSNorm, Rope, Transformer, decoder
+from jaxllm.config import GLU, GQA, Block, LMHead, RMSNorm, Rope, Transformer, decoder
 from jaxllm.experiment import Checkpointing, Data, Experiment, Optimizer, Source
 from jaxllm.runtime import Runtime
 
@@ -14,7 +14,9 @@ from jaxllm.runtime import Runtime
 def config() -> Experiment:
     """4 layers of width 192, a vocabulary of 2,048, 1,600 steps of 1,024 tokens."""
     block = Block(GQA(3, 3, 64, position=Rope()), GLU(512), RMSNorm())
-    model = Transformer(2048, 192, decoder(block, layers=4), RMSNorm(), context=128, tied=True, name="quickstart")
+    model = Transformer(
+        2048, 192, decoder(block, layers=4), RMSNorm(), context=128, head=LMHead(tied=True), name="quickstart"
+    )
     return Experiment(
         model,
         Data((Source("data/shakespeare.jsonl.gz"),), context=128, held_out_chars=505_728),

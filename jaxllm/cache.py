@@ -12,7 +12,7 @@ cache remembers each row's slot and segment, so the mask needs no other arithmet
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,20 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxllm.config import And, Block, Local, Pattern, Transformer
+from jaxllm.config import GQA, MLA, And, Attention, Block, Local, Pattern, Transformer
 
 
 @struct.dataclass
 class KV:
     """Keys (rotated) and values of the L layers at one place of a stack's pattern.
 
-    k, v: [L, B, K, S, H].  slot_BS: int32, the slot each row holds.  segment_BS: int32, 0 = empty.
+    k, v: [L, B, K, S, H]; for latents (MLA) K = 1, k is [latent | rotated key] and v has width 0.
+    slot_BS: int32, the slot each row holds.  segment_BS: int32, 0 = empty.
     ring: whether slots wrap around (a sliding window keeps only its width).
     """
 
     k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S h"]
     slot_BS: Int[Array, "B S"]
     segment_BS: Int[Array, "B S"]
     ring: bool = struct.field(pytree_node=False, default=False)
@@ -43,7 +44,7 @@ class Rows:
     """What a forward adds to a cache: k, v [L, B, K, T, H] and the tokens' segments [B, T]."""
 
     k: Float[Array, "L B K T H"]
-    v: Float[Array, "L B K T H"]
+    v: Float[Array, "L B K T h"]
     segment_BT: Int[Array, "B T"]
 
 
@@ -62,6 +63,17 @@ def window(pattern: Pattern) -> int | None:
             return None
 
 
+def widths(attn: Attention) -> tuple[int, int, int]:
+    """(heads, width of a key, width of a value) of what a layer caches per token."""
+    match attn:
+        case GQA():
+            return attn.kv_heads, attn.head_dim, attn.head_dim
+        case MLA():
+            return 1, attn.kv_rank + attn.rope_dim, 0
+        case other:
+            assert_never(other)
+
+
 def init(spec: Transformer, batch: int, size: int, dtype: DTypeLike, ring: bool = True) -> Caches:
     """Empty caches for `size` slots per row; layers with a sliding window keep only its width when `ring`.
 
@@ -73,9 +85,10 @@ def init(spec: Transformer, batch: int, size: int, dtype: DTypeLike, ring: bool 
         bound = window(attn.pattern) if ring and spec.causal else None
         wraps = bound is not None and bound < size
         rows = bound if wraps else size
-        kv, names = (repeats, batch, attn.kv_heads, rows, attn.head_dim), (batch, rows)
+        (heads, key, value), names = widths(attn), (batch, rows)
+        k, v = (jnp.zeros((repeats, batch, heads, rows, width), dtype) for width in (key, value))
         # Four arrays of their own: a buffer that stands in two places cannot be donated.
-        empty = (jnp.zeros(kv, dtype), jnp.zeros(kv, dtype), jnp.zeros(names, jnp.int32), jnp.zeros(names, jnp.int32))
+        empty = (k, v, jnp.zeros(names, jnp.int32), jnp.zeros(names, jnp.int32))
         return KV(*empty, wraps)
 
     return tuple(tuple(one(block, stack.repeats) for block in stack.pattern) for stack in spec.stacks)

@@ -1,7 +1,8 @@
 """How much arithmetic a model takes, counted from its spec; what the hardware could do at best.
 
-Forward FLOPs per token = 2 x (weights that are multiplied: every projection, and the head, but not the embedding
-lookup) + 4 x heads x head width x (mean number of visible keys) per attention layer. Causal attention sees half of the
+Forward FLOPs per token = 2 x (weights that are multiplied: every projection, of experts the chosen, and the head, but
+not the embedding lookup) + 2 x heads x (width of a key + of a value) x (mean number of visible keys) per attention
+layer. Causal attention sees half of the
 context on average. Training = 3 x forward (the backward pass has two products for each of the forward's).
 Recomputation (remat) is not counted: this is *model* FLOPs, the numerator of MFU (Chowdhery et al. 2022, appendix B).
 """
@@ -11,14 +12,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.cache import window
-from jaxllm.config import Transformer
-from jaxllm.params import paths
+from jaxllm.config import GQA, MLA, Attention, MoE, Transformer
+from jaxllm.params import Param, paths
 from jaxllm.transformer import transformer_params
 
 PEAK_FLOPS = {
@@ -38,9 +39,33 @@ PEAK_FLOPS = {
 
 
 def matmul_weights(spec: Transformer) -> int:
-    """Weights that take part in a matrix product for every token: kernels, and the embedding if it is also the head."""
-    kernels = sum(math.prod(p.shape) for path, p in paths(transformer_params(spec)) if path.endswith("kernel"))
-    return kernels + (spec.vocab * spec.dim if spec.tied else 0)
+    """Weights that a token is multiplied by: kernels (top_k experts' of a mixture), and a tied embedding."""
+    kernels = 0.0
+    for path, p in paths(transformer_params(spec)):
+        if path.endswith("kernel"):
+            kernels += math.prod(p.shape) * _used(spec, path, p)
+    return round(kernels) + (spec.vocab * (spec.embed.dim or spec.dim) if spec.tied else 0)
+
+
+def _used(spec: Transformer, path: str, p: Param) -> float:
+    """The share of a kernel that one token meets."""
+    if "experts" not in p.axes:
+        return 1.0
+    _, stack, place, *_ = path.split("/")
+    ffn = spec.stacks[int(stack)].pattern[int(place)].ffn
+    assert isinstance(ffn, MoE), "only a mixture has experts"
+    return ffn.router.top_k / ffn.experts
+
+
+def score_width(attn: Attention) -> int:
+    """Multiplications per visible key: heads x (width of a key + width of a value)."""
+    match attn:
+        case GQA():
+            return attn.heads * 2 * attn.head_dim
+        case MLA():
+            return attn.heads * (attn.nope_dim + attn.rope_dim + attn.value_dim)
+        case other:
+            assert_never(other)
 
 
 def mean_keys(context: int, bound: int | None, causal: bool) -> float:
@@ -54,7 +79,7 @@ def mean_keys(context: int, bound: int | None, causal: bool) -> float:
 def forward_flops_per_token(spec: Transformer, context: int) -> float:
     """Forward FLOPs per token at this context length (formula in the module's docstring)."""
     attention = sum(
-        stack.repeats * 4 * b.attn.heads * b.attn.head_dim * mean_keys(context, window(b.attn.pattern), spec.causal)
+        stack.repeats * 2 * score_width(b.attn) * mean_keys(context, window(b.attn.pattern), spec.causal)
         for stack in spec.stacks
         for b in stack.pattern
     )

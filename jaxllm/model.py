@@ -230,10 +230,9 @@ def logits(
         raise ValueError(f"attention_mask {mask.shape} must have the shape of input_ids {ids.shape}")
     if isinstance(ids, np.ndarray) and ids.size and (ids.min() < 0 or ids.max() >= spec.vocab):
         raise ValueError(f"input_ids must be in 0..{spec.vocab - 1}, found {ids.min()}..{ids.max()}; wrong tokenizer?")
-    if spec.embed_position is not None and ids.shape[1] > spec.embed_position.length:
-        raise ValueError(
-            f"input_ids has {ids.shape[1]} tokens, the model {spec.embed_position.length} positions; cut it"
-        )
+    position = spec.embed.position
+    if position is not None and ids.shape[1] > position.length:
+        raise ValueError(f"input_ids has {ids.shape[1]} tokens, the model {position.length} positions; cut it")
     return _logits(spec, runtime, params, ids, mask)
 
 

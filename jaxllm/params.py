@@ -40,12 +40,14 @@ class Param:
     """A parameter that does not exist yet: its shape, the logical name of each axis, how it starts.
 
     Logical axes ("embed", "heads", "ffn", "vocab", "layers" ...) are mapped to mesh axes by a rule table
-    (`jaxllm.sharding`).
+    (`jaxllm.sharding`).  outputs: how many trailing axes a projection gives; the others (but "layers" and "experts")
+    are contracted.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: Init
+    outputs: int = 1
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -109,7 +111,7 @@ def init(tree: ParamTree, key: Array, dtype: DTypeLike = jnp.float32) -> Any:
 
 def stacked(tree: ParamTree, repeats: int) -> ParamTree:
     """The tree of one layer, with a leading "layers" axis of `repeats` on every parameter."""
-    return map_params(lambda p: Param((repeats, *p.shape), ("layers", *p.axes), p.init), tree)
+    return map_params(lambda p: Param((repeats, *p.shape), ("layers", *p.axes), p.init, p.outputs), tree)
 
 
 def layer(tree: Any, index: int) -> Any:

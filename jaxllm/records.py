@@ -35,22 +35,41 @@ class Mask:
 
 
 @struct.dataclass
+class Memory:
+    """What cross-attention reads: an encoder's output, or image features.
+
+    hidden_BSM: [B, S, M].  segment_BS: int32, 0 = padding; None: none.  packed: whether queries meet only keys of
+    their own segment (several documents per row); otherwise every query of a row sees the whole memory.
+    rows: keys and values of every layer, made once (`transformer.memory_rows`); None: made where they are used.
+    """
+
+    hidden_BSM: Float[Array, "B S M"]
+    segment_BS: Int[Array, "B S"] | None = None
+    rows: Any = None
+    packed: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
 class Inputs:
     """What `forward` reads. Build one with `inputs(...)`.
 
     tokens_BT: int32 [B, T] ids; or embeds_BTD, already embedded (multimodal splices, gradient probes).
     slot_BT: int32 [B, T], or None for 0..T-1 (a full forward), which is what lets kernels skip blocks statically.
-    position_BT: int32 [B, T].
+    position_BT: int32 [B, T]; [axes, B, T] for rotations with `sections` (M-RoPE).
     segment_BT: int32 [B, T], 0 = padding; None: one document per row without padding.
     prefix_B: int32 [B] for prefix LMs, else None.
+    type_BT: int32 [B, T], which of two sentences a token is of (BERT); None: the first.
+    memory: for models with cross-attention.
     """
 
     tokens_BT: Int[Array, "B T"] | None
-    position_BT: Int[Array, "B T"]
+    position_BT: Int[Array, "*axes B T"]
     embeds_BTD: Float[Array, "B T D"] | None = None
     slot_BT: Int[Array, "B T"] | None = None
     segment_BT: Int[Array, "B T"] | None = None
     prefix_B: Int[Array, " B"] | None = None
+    type_BT: Int[Array, "B T"] | None = None
+    memory: Memory | None = None
 
 
 def inputs(
@@ -68,9 +87,14 @@ def inputs(
 
 @struct.dataclass
 class Aux:
-    """By-products of a forward. taps: name -> array stacked over layers [L, ...], those that `runtime.taps` names."""
+    """By-products of a forward, stacked over layers.
+
+    taps: name -> [L, ...], those that `runtime.taps` names.  experts: of the layers with a mixture of experts, "load"
+    [L, E] (share of a token's choices per expert), "balance" and "z" [L] (losses, not weighted); empty without.
+    """
 
     taps: dict[str, Array] = struct.field(default_factory=dict)
+    experts: dict[str, Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass

@@ -24,6 +24,7 @@ class Runtime:
     layout: None on one device.
     taps: names of intermediates that `forward` returns in `aux.taps`: "residual" (each block's input), "attn", "ffn".
     vocab_chunk: columns of logits that the loss holds at a time.
+    experts: how dropless mixtures are computed: "grouped" sorts tokens by expert, "dense" lets every expert see all.
     """
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -33,3 +34,4 @@ class Runtime:
     layout: Layout | None = None
     taps: tuple[str, ...] = ()
     vocab_chunk: int = 16_384
+    experts: Literal["grouped", "dense"] = "grouped"

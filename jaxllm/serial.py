@@ -68,13 +68,17 @@ def loads(text: str, kinds: Mapping[str, type]) -> Any:
 
 
 def kinds_of(*modules: types.ModuleType) -> dict[str, type]:
-    """Every dataclass that the modules define, by name."""
+    """Every dataclass that the modules (or, for packages, theirs) define, by name."""
     found = {}
     for module in modules:
         for name, kind in vars(module).items():
-            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__:
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and _inside(kind, module):
                 found[name] = kind
     return found
+
+
+def _inside(kind: type, module: types.ModuleType) -> bool:
+    return kind.__module__ == module.__name__ or kind.__module__.startswith(module.__name__ + ".")
 
 
 # ------------------------------------------------------------------------------------------------------- overrides

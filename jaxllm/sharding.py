@@ -48,7 +48,7 @@ RULES: Rules = (
 )
 """Data and tensor parallelism. An axis that is not named is not sharded."""
 
-_STORAGE_ORDER = ("embed", "ffn", "heads", "kv_heads", "vocab", "head_dim")
+_STORAGE_ORDER = ("embed", "ffn", "heads", "kv_heads", "vocab", "head_dim", "rank")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def partition(
 def storage(param: Param, layout: Layout, sizes: Mapping[str, int]) -> PartitionSpec:
     """PartitionSpec of a master weight and its moments: the compute table, and "data" on one more axis from stage 1 on.
 
-    The data axis goes to the first of embed, ffn, heads, kv_heads, vocab, head_dim that it divides.
+    The data axis goes to the first of embed, ffn, heads, kv_heads, vocab, head_dim, rank that it divides.
     """
     spec = partition(param.axes, param.shape, layout, sizes)
     per_layer = math.prod(n for n, a in zip(param.shape, param.axes, strict=True) if a != "layers")
@@ -196,7 +196,7 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
             sharded = layout.zero >= 1 and axes == p.axes
             return _relay(x, cast, forward, storage(p, layout, sizes) if sharded else forward)
 
-        return leaves.map_arrays(array, w, p.axes, outputs=_outputs(p))
+        return leaves.map_arrays(array, w, p.axes, outputs=p.outputs)
 
     return map_params(one, tree, params)
 
@@ -220,8 +220,3 @@ def lookup(declared: Param, table_VD: leaves.Weight, ids_BT: Array, layout: Layo
     else:
         rows = leaves.lookup(table_VD, ids_BT, dtype)
     return constrain(rows, ("batch", None, None), layout)
-
-
-def _outputs(p: Param) -> int:
-    """How many trailing axes of a projection are outputs: q/k/v are [D | heads, head_dim], the rest [.. | out]."""
-    return 2 if p.axes[-2:-1] in (("heads",), ("kv_heads",)) and p.axes[-1] == "head_dim" else 1

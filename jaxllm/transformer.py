@@ -12,108 +12,167 @@ from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from jaxllm.cache import KV, Caches, Rows
+from jaxllm.cache import Caches, Rows
 from jaxllm.config import Block, Stack, Transformer
-from jaxllm.leaves import project
-from jaxllm.nn.attention import attention, attention_params
-from jaxllm.nn.ffn import ffn, ffn_params
+from jaxllm.nn.attention import Cached, Given, attention, attention_params, cross_attention, cross_params
+from jaxllm.nn.attention import memory_rows as layer_memory
+from jaxllm.nn.embedding import embed, embed_params
+from jaxllm.nn.head import classifier_params, classify, head_kernel, head_params, logits
+from jaxllm.nn.moe import ffn, ffn_params
 from jaxllm.nn.norm import norm, norm_params
-from jaxllm.nn.position import Rotations, rotations
-from jaxllm.params import Constant, Normal, Param, ParamTree, layer, stacked
-from jaxllm.records import Aux, Inputs, Output
+from jaxllm.nn.position import relative_bias_params, tables
+from jaxllm.params import ParamTree, layer, stacked
+from jaxllm.records import Aux, Inputs, Memory, Output
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import constrain, lookup, use
+from jaxllm.sharding import constrain, use
+
+__all__ = [
+    "block",
+    "block_params",
+    "classify",
+    "embed",
+    "embed_params",
+    "forward",
+    "head_kernel",
+    "logits",
+    "memory_rows",
+    "run_stack",
+    "transformer_params",
+]
 
 # ------------------------------------------------------------------------------------------------------ parameters
 
 
 def block_params(cfg: Block, dim: int, gain: float) -> ParamTree:
-    """One layer's parameters. `gain` scales the projections that write to the residual stream."""
+    """One layer's parameters. `gain` scales the projections that write to the residual stream, unless `cfg` has one."""
+    gain = gain if cfg.gain is None else cfg.gain
+
+    def one_norm() -> ParamTree:
+        return norm_params(cfg.norm, dim)
+
     tree = {
         "attn": attention_params(cfg.attn, dim, gain),
-        "attn_norm": norm_params(cfg.norm, dim),
+        "attn_norm": one_norm(),
         "ffn": ffn_params(cfg.ffn, dim, gain),
-        "ffn_norm": norm_params(cfg.norm, dim),
     }
+    if cfg.place != "shared":
+        tree["ffn_norm"] = one_norm()
     if cfg.place == "sandwich":
-        tree |= {"attn_post_norm": norm_params(cfg.norm, dim), "ffn_post_norm": norm_params(cfg.norm, dim)}
+        tree |= {"attn_post_norm": one_norm(), "ffn_post_norm": one_norm()}
+    if cfg.cross is not None:
+        tree |= {"cross": cross_params(cfg.cross, dim, gain), "cross_norm": one_norm()}
+        if cfg.place == "sandwich":
+            tree["cross_post_norm"] = one_norm()
     return tree
 
 
-def embed_params(spec: Transformer) -> ParamTree:
-    """tokens [V, D], and positions [P, D] if they are learned."""
-    tree = {"tokens": Param((spec.vocab, spec.dim), ("vocab", "embed"), Normal(0.02))}
-    if spec.embed_position is not None:
-        rows = spec.embed_position.length + spec.embed_position.offset
-        tree["positions"] = Param((rows, spec.dim), ("positions", "embed"), Normal(0.02))
-    return tree
+def stack_params(stacks: tuple[Stack, ...], dim: int) -> ParamTree:
+    """<stack>/<place>/... of every stack, with a leading axis over its repeats.
+
+    Residual projections start at 1 / sqrt(2 layers) of the usual scale (GPT-2, §2.3).
+    """
+    gain = (2 * sum(stack.layers for stack in stacks)) ** -0.5
+    return {
+        str(s): {
+            str(b): stacked(block_params(block, dim, gain), stack.repeats) for b, block in enumerate(stack.pattern)
+        }
+        for s, stack in enumerate(stacks)
+    }
 
 
 def transformer_params(spec: Transformer) -> ParamTree:
     """Every parameter of the model, stacked per place in each stack's pattern.
 
-    embed/tokens [V, D], embed/positions [P, D], stacks/<stack>/<place>/..., norm, head/kernel [V, D], head/bias [V].
-    Residual projections start at 1 / sqrt(2 layers) of the usual scale (GPT-2, §2.3).
+    embed/tokens [V, D], embed/positions [P, D] ..., stacks/<stack>/<place>/..., norm, head/kernel [V, D], head/bias
+    [V] ..., classifiers/<name>/..., relative_bias/table [buckets, N].
     """
-    gain = (2 * spec.layers) ** -0.5
-    stacks = {
-        str(s): {
-            str(b): stacked(block_params(block, spec.dim, gain), stack.repeats) for b, block in enumerate(stack.pattern)
-        }
-        for s, stack in enumerate(spec.stacks)
-    }
-    tree: ParamTree = {"embed": embed_params(spec), "stacks": stacks}
+    tree: ParamTree = {"embed": embed_params(spec), "stacks": stack_params(spec.stacks, spec.dim)}
+    tree |= relative_bias_params(spec.stacks)
     if spec.norm is not None:
         tree["norm"] = norm_params(spec.norm, spec.dim)
-    head = {} if spec.tied else {"kernel": Param((spec.vocab, spec.dim), ("vocab", "embed"), Normal(spec.dim**-0.5))}
-    if spec.head_bias:
-        head["bias"] = Param((spec.vocab,), ("vocab",), Constant(0.0))
-    return tree | ({"head": head} if head else {})
+    head = head_params(spec)
+    if head:
+        tree["head"] = head
+    if spec.classifiers:
+        tree["classifiers"] = {name: classifier_params(cfg, spec.dim) for name, cfg in spec.classifiers}
+    return tree
 
 
 # --------------------------------------------------------------------------------------------------------- forward
 
 
 def block(
-    p: Any,
-    cfg: Block,
-    x_BTD: Float[Array, "B T D"],
-    inputs: Inputs,
-    turns: Rotations,
-    runtime: Runtime,
-    cached: tuple[KV, Int[Array, ""] | int] | None = None,
-    causal: bool = True,
-) -> tuple[Float[Array, "B T D"], tuple[tuple[Array, Array], dict[str, Array]]]:
-    """One residual layer: attention, then feed-forward. Returns x, the new (k, v), and the taps asked for."""
-    taps = {"residual": x_BTD}
+    p: Any, cfg: Block, x_BTD: Float[Array, "B T D"], given: Given, cached: Cached | None = None, memory: Any = None
+) -> tuple[Float[Array, "B T D"], Any]:
+    """One residual layer. Returns x, and ((k, v), taps, statistics of experts).
 
-    def attend(h: Array) -> tuple[Array, tuple[Array, Array]]:
-        return attention(p["attn"], cfg.attn, h, inputs, turns, runtime, cached, causal)
+    memory: this layer's keys and values of the memory, if they were made before.
+    """
 
+    def attend(h: Array) -> tuple[Array, Any]:
+        return attention(p["attn"], cfg.attn, h, given, cached)
+
+    def cross(h: Array) -> tuple[Array, Any]:
+        assert cfg.cross is not None, "only called where there is one"
+        return cross_attention(p["cross"], cfg.cross, h, given, memory), None
+
+    def feed(h: Array) -> tuple[Array, Any]:
+        return ffn(p["ffn"], cfg.ffn, h, _real(given.inputs), given.runtime.experts)
+
+    def drop(y: Array, place: int) -> Array:
+        return dropout(y, cfg.dropout, None if given.key is None else jax.random.fold_in(given.key, place))
+
+    x, taps = x_BTD, {"residual": x_BTD}
+    extra: dict[str, Any] = {}
+    if cfg.place in ("parallel", "shared"):
+        h = norm(p["attn_norm"], cfg.norm, x)
+        taps["attn"], extra["attn"] = attend(h)
+        taps["ffn"], extra["ffn"] = feed(h if cfg.place == "shared" else norm(p["ffn_norm"], cfg.norm, x))
+        x = x + drop((taps["attn"] + taps["ffn"]) * cfg.branch_scale, 0)
+    else:
+        branches = {"attn": attend, "ffn": feed} if cfg.cross is None else {"attn": attend, "cross": cross, "ffn": feed}
+        for place, (name, branch) in enumerate(branches.items()):
+            x, taps[name], extra[name] = _residual(p, cfg, name, x, branch, partial(drop, place=place))
+    x = constrain(x, ("batch", None, None), given.runtime.layout)
+    return x, (extra["attn"], {name: taps[name] for name in given.runtime.taps}, extra["ffn"])
+
+
+def _residual(
+    p: Any, cfg: Block, name: str, x: Float[Array, "B T D"], branch: Any, drop: Any
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Any]:
+    """x with one branch added, what was added, and what else the branch gives."""
+
+    def normed(which: str, h: Array) -> Array:
+        return norm(p[f"{name}{which}"], cfg.norm, h)
+
+    def scaled(h: Array, factor: float) -> Array:
+        return h if factor == 1.0 else h * factor
+
+    y, extra = branch(normed("_norm", x) if cfg.place in ("pre", "sandwich") else x)
     match cfg.place:
-        case "pre":
-            taps["attn"], kv = attend(norm(p["attn_norm"], cfg.norm, x_BTD))
-            x = x_BTD + taps["attn"]
-            taps["ffn"] = ffn(p["ffn"], cfg.ffn, norm(p["ffn_norm"], cfg.norm, x))
-            x = x + taps["ffn"]
-        case "post":
-            taps["attn"], kv = attend(x_BTD)
-            x = norm(p["attn_norm"], cfg.norm, x_BTD + taps["attn"])
-            taps["ffn"] = ffn(p["ffn"], cfg.ffn, x)
-            x = norm(p["ffn_norm"], cfg.norm, x + taps["ffn"])
         case "sandwich":
-            h, kv = attend(norm(p["attn_norm"], cfg.norm, x_BTD))
-            taps["attn"] = norm(p["attn_post_norm"], cfg.norm, h)
-            x = x_BTD + taps["attn"]
-            h = ffn(p["ffn"], cfg.ffn, norm(p["ffn_norm"], cfg.norm, x))
-            taps["ffn"] = norm(p["ffn_post_norm"], cfg.norm, h)
-            x = x + taps["ffn"]
-        case other:
-            assert_never(other)
-    x = constrain(x, ("batch", None, None), runtime.layout)
-    return x, (kv, {name: taps[name] for name in runtime.taps})
+            y = normed("_post_norm", y)
+        case "output":
+            y = normed("_norm", y)
+        case _:
+            pass
+    y = scaled(drop(y), cfg.branch_scale)
+    x = scaled(x, cfg.residual_scale) + y
+    return normed("_norm", x) if cfg.place == "post" else x, y, extra
+
+
+def dropout(x: Float[Array, ...], rate: float, key: Array | None) -> Float[Array, ...]:
+    """x with each element zeroed with probability `rate` and the others divided by 1 - rate; x itself without a key."""
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def _real(inputs: Inputs) -> Bool[Array, "B T"] | None:
+    return None if inputs.segment_BT is None else inputs.segment_BT > 0
 
 
 def _remat(f: Any, runtime: Runtime, scanned: bool) -> Any:
@@ -133,104 +192,119 @@ def _remat(f: Any, runtime: Runtime, scanned: bool) -> Any:
 
 
 def run_stack(
-    params: Any, cfg: Stack, x_BTD: Array, inputs: Inputs, turns: Rotations, runtime: Runtime, caches: Any, causal: bool
-) -> tuple[Array, list[Any]]:
-    """A scan over repeats, a Python loop over the pattern. Returns x and, per place, ((k, v), taps) stacked over L.
+    params: Any, cfg: Stack, x_BTD: Float[Array, "B T D"], given: Given, caches: Any = None, memory: Any = None
+) -> tuple[Float[Array, "B T D"], list[Any]]:
+    """A scan over repeats, a Python loop over the pattern. Returns x and, per place, what `block` gives [L, ...].
 
     params: per place a stacked tree, or a list of layers (`params.unstack`), which is run as a Python loop.
+    memory: per place keys and values [L, ...] of the memory, or None.
     """
     places = range(len(cfg.pattern))
     listed = isinstance(params["0"], list)
-    loop = listed or runtime.unroll
+    loop = listed or given.runtime.unroll
 
-    def one(b: int, p: Any, x: Array, index: Any) -> Any:
+    def one(b: int, p: Any, x: Array, index: Any, held: Any) -> Any:
         declared = block_params(cfg.pattern[b], x.shape[-1], 1.0)
-        ready = use(declared, p, runtime.layout, runtime.compute_dtype)
+        ready = use(declared, p, given.runtime.layout, given.runtime.compute_dtype)
         cached = None if caches is None else (caches[b], index)
-        x, (kv, taps) = block(ready, cfg.pattern[b], x, inputs, turns, runtime, cached, causal)
-        return x, (None if caches is None else kv, taps)
+        key = None if given.key is None else jax.random.fold_in(given.key, index * len(cfg.pattern) + b)
+        x, (rows, taps, experts) = block(ready, cfg.pattern[b], x, given._replace(key=key), cached, held)
+        return x, (None if caches is None else rows, taps, experts)
 
     def repeat(x: Array, layers: Any) -> tuple[Array, list[Any]]:
-        ps, index = layers
+        ps, index, held = layers
         out = []
         for b in places:
-            x, got = _remat(partial(one, b), runtime, not loop)(ps[b], x, index)
+            x, got = _remat(partial(one, b), given.runtime, not loop)(ps[b], x, index, held[b])
             out.append(got)
         return x, out
 
+    held = [None] * len(places) if memory is None else list(memory)
     if not loop:
-        return jax.lax.scan(repeat, x_BTD, ([params[str(b)] for b in places], jnp.arange(cfg.repeats)))
+        return jax.lax.scan(repeat, x_BTD, ([params[str(b)] for b in places], jnp.arange(cfg.repeats), held))
     outs = []
     for i in range(cfg.repeats):
         picked = [params[str(b)][i] if listed else layer(params[str(b)], i) for b in places]
-        x_BTD, got = repeat(x_BTD, (picked, i))
+        x_BTD, got = repeat(x_BTD, (picked, i, layer(held, i)))
         outs.append(got)
     return x_BTD, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)
 
 
-def embed(params: Any, spec: Transformer, inputs: Inputs, runtime: Runtime) -> Float[Array, "B T D"]:
-    """Token embeddings (or `inputs.embeds_BTD`, taken as they are) times `embed_scale`, plus learned positions."""
-    dtype = jnp.dtype(runtime.compute_dtype)
-    declared = embed_params(spec)
+def run_stacks(
+    params: Any,
+    stacks: tuple[Stack, ...],
+    x_BTD: Float[Array, "B T D"],
+    given: Given,
+    caches: Caches | None = None,
+) -> tuple[Float[Array, "B T D"], Any, Aux]:
+    """All stacks in turn. params: those of the level that owns them. Returns x, new cache rows or None, and aux."""
+    inputs, x, outs = given.inputs, x_BTD, []
+    memories = None if inputs.memory is None else inputs.memory.rows
+    for s, stack in enumerate(stacks):
+        held = None if caches is None else caches[s]
+        own = given if given.key is None else given._replace(key=jax.random.fold_in(given.key, s))
+        memory = None if memories is None else memories[s]
+        x, out = run_stack(params["stacks"][str(s)], stack, x, own, held, memory)
+        outs.append(out)
+    rows = None
+    if caches is not None:
+        segment_BT = jnp.ones(x.shape[:2], jnp.int32) if inputs.segment_BT is None else inputs.segment_BT
+        rows = tuple(tuple(Rows(k, v, segment_BT) for (k, v), _, _ in out) for out in outs)
+    taps = _by_layer([[t for _, t, _ in out] for out in outs])
+    return x, rows, Aux(taps, _by_layer([[e for _, _, e in out if e] for out in outs]))
 
-    def rows(name: str, ids: Array) -> Array:
-        return lookup(declared[name], params["embed"][name], ids, runtime.layout, dtype)
 
-    if inputs.embeds_BTD is None:
-        if inputs.tokens_BT is None:
-            raise ValueError("forward: inputs need tokens_BT or embeds_BTD, both are None")
-        x = rows("tokens", inputs.tokens_BT)
-        x = x if spec.embed_scale is None else x * jnp.asarray(spec.embed_scale, dtype)
-    else:
-        x = inputs.embeds_BTD.astype(dtype)
-    if spec.embed_position is not None:
-        x = x + rows("positions", inputs.position_BT + spec.embed_position.offset)
-    return constrain(x, ("batch", None, None), runtime.layout)
-
-
-def forward(params: Any, spec: Transformer, inputs: Inputs, runtime: Runtime, caches: Caches | None = None) -> Output:
+def forward(
+    params: Any,
+    spec: Transformer,
+    inputs: Inputs,
+    runtime: Runtime,
+    caches: Caches | None = None,
+    key: Array | None = None,
+) -> Output:
     """Hidden states of every token, in one pass.
 
     caches: only read; the new rows come back in `Output.rows` for `cache.commit`. None: no rows are kept.
-    Ids outside the vocabulary, and learned positions outside their table, give NaN.
+    key: of dropout; None: none. Ids outside the vocabulary, and learned positions outside their table, give NaN.
     """
     x = embed(params, spec, inputs, runtime)
-    turns = rotations(spec, inputs.position_BT)
-    rows, taps = [], []
-    for s, stack in enumerate(spec.stacks):
-        held = None if caches is None else caches[s]
-        x, outs = run_stack(params["stacks"][str(s)], stack, x, inputs, turns, runtime, held, spec.causal)
-        if caches is not None:
-            segment_BT = jnp.ones(x.shape[:2], jnp.int32) if inputs.segment_BT is None else inputs.segment_BT
-            rows.append(tuple(Rows(k, v, segment_BT) for (k, v), _ in outs))
-        taps.append([t for _, t in outs])
+    given = Given(inputs, tables(params, spec.stacks, inputs.position_BT), runtime, spec.causal, key)
+    x, rows, aux = run_stacks(params, spec.stacks, x, given, caches)
     if spec.norm is not None:
         x = norm(params["norm"], spec.norm, x)
-    return Output(x, None if caches is None else tuple(rows), Aux(_by_layer(taps, runtime)))
+    return Output(x, rows, aux)
 
 
-def _by_layer(taps: list[list[dict[str, Array]]], runtime: Runtime) -> dict[str, Array]:
+def memory_rows(params: Any, spec: Transformer, memory: Memory, runtime: Runtime) -> Memory:
+    """The memory with every layer's keys and values made, so that decoding does not make them at every step."""
+
+    def place(cfg: Block, stack: Any, dim: int) -> Any:
+        if cfg.cross is None:
+            return None
+        declared = cross_params(cfg.cross, dim)
+        cross = cfg.cross
+
+        def one(p: Any) -> Any:
+            return layer_memory(use(declared, p, runtime.layout, runtime.compute_dtype), cross, memory.hidden_BSM)
+
+        if isinstance(stack, list):
+            made = [one(p["cross"]) for p in stack]
+            return jax.tree.map(lambda *xs: jnp.stack(xs), *made)
+        return jax.lax.map(one, stack["cross"])
+
+    rows = tuple(
+        tuple(place(cfg, params["stacks"][str(s)][str(b)], spec.dim) for b, cfg in enumerate(stack.pattern))
+        for s, stack in enumerate(spec.stacks)
+    )
+    return memory.replace(rows=rows)  # type: ignore[attr-defined]
+
+
+def _by_layer(found: list[list[dict[str, Array]]]) -> dict[str, Array]:
     """[stack][place] -> name -> [L of that place, ...] becomes name -> [all layers in order, ...]."""
 
     def join(name: str) -> Array:
-        stacks = [jnp.stack([t[name] for t in places], 1) for places in taps]  # [repeats, places, ...]
+        stacks = [jnp.stack([d[name] for d in places], 1) for places in found if places]  # [repeats, places, ...]
         return jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in stacks])
 
-    return {name: join(name) for name in runtime.taps}
-
-
-def head(params: Any, spec: Transformer) -> Any:
-    """The output projection [V, D]: the embedding when tied."""
-    return params["embed"]["tokens"] if spec.tied else params["head"]["kernel"]
-
-
-def logits(
-    params: Any, spec: Transformer, hidden_BTD: Float[Array, "B T D"], runtime: Runtime
-) -> Float[Array, "B T V"]:
-    """float32 [B, T, V]. For losses take `objectives.token_logprobs`, which never holds them all."""
-    declared = Param((spec.vocab, spec.dim), ("vocab", "embed"), Constant(0.0))
-    kernel = use({"w": declared}, {"w": head(params, spec)}, runtime.layout, runtime.compute_dtype)["w"]
-    out = project(hidden_BTD, kernel, "BTD,VD->BTV").astype(jnp.float32)
-    if spec.head_bias:
-        out = out + params["head"]["bias"].astype(jnp.float32)[None, None]
-    return out if spec.logit_softcap is None else spec.logit_softcap * jnp.tanh(out / spec.logit_softcap)
+    names = {name: None for places in found for d in places for name in d}
+    return {name: join(name) for name in names}

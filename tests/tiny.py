@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 
-from jaxllm.config import GLU, GQA, Block, RMSNorm, Rope, Transformer, decoder
+from jaxllm.config import GLU, GQA, Block, LMHead, RMSNorm, Rope, Transformer, decoder
 from jaxllm.experiment import Checkpointing, Data, Experiment, Optimizer, Source, resolve
 
 WORDS = "the quick brown fox jumps over the lazy dog while seven wizards brew a potion of foxglove and jam".split()  # noqa: SIM905
@@ -24,7 +24,7 @@ def experiment(folder, **changes):
     """Resolved; `folder` holds the corpus and the run."""
     block = Block(GQA(2, 1, 8, position=Rope()), GLU(32), RMSNorm())
     base = Experiment(
-        Transformer(300, 16, decoder(block, layers=2), RMSNorm(), context=32, tied=True, name="tiny"),
+        Transformer(300, 16, decoder(block, layers=2), RMSNorm(), context=32, head=LMHead(tied=True), name="tiny"),
         Data((Source(corpus(folder)),), context=32, held_out_chars=1500),
         steps=12,
         batch_size=8,

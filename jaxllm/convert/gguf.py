@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
-from jaxllm.config import GLU, GQA, Block, Linear, Llama3, RMSNorm, Rope, Scaling, Transformer, decoder
+from jaxllm.config import GLU, GQA, Block, Linear, Llama3, LMHead, RMSNorm, Rope, Scaling, Transformer, decoder
 from jaxllm.convert import rules
 from jaxllm.convert.gguf_blocks import FORMATS, OTHER_NAMES, Format, dequantise, nbytes
 from jaxllm.convert.hf import check_vocab
@@ -226,7 +226,7 @@ def spec_from_gguf(file: GGUF) -> Transformer:
     layers = decoder(Block(attn, GLU(c["feed_forward_length"]), norm), layers=c["block_count"])
     vocab = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else c["vocab_size"]
     tied = "output.weight" not in file.tensors
-    return Transformer(vocab, c["embedding_length"], layers, norm, c["context_length"], tied=tied, name="llama")
+    return Transformer(vocab, c["embedding_length"], layers, norm, c["context_length"], head=LMHead(tied), name="llama")
 
 
 _REQUIRED = (

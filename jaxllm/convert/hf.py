@@ -17,8 +17,8 @@ from jaxllm.convert.safetensors_io import open_folder, write_folder
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.leaves import is_weight
-from jaxllm.models.common import classic
 from jaxllm.models.families import Family, family_of_config, family_of_spec, spec_of_config
+from jaxllm.models.rope import classic
 from jaxllm.transformer import transformer_params
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

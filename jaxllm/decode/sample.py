@@ -28,6 +28,7 @@ from jaxllm.cache import Caches
 from jaxllm.config import Block, Stack, Transformer
 from jaxllm.decode.rules import GREEDY, Past, Sampling
 from jaxllm.leaves import Weight, matrix
+from jaxllm.nn.head import lm_head
 from jaxllm.records import Inputs, Output, Params
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import constrain, use
@@ -119,7 +120,8 @@ def prepare(params: Params, spec: Transformer, runtime: Runtime) -> Params:
         for s, stack in ready["stacks"].items()
     }
     embed = ready["embed"] | {"tokens": matrix(ready["embed"]["tokens"], 1)}
-    head = {"head": ready["head"] | {"kernel": matrix(ready["head"]["kernel"], 1)}} if not spec.tied else {}
+    own = "kernel" in ready.get("head", {}) and not lm_head(spec).normalised
+    head = {"head": ready["head"] | {"kernel": matrix(ready["head"]["kernel"], 1)}} if own else {}
     return ready | head | {"embed": embed, "stacks": stacks}
 
 
@@ -128,7 +130,7 @@ def _flat(cfg: Block, dim: int, layer: Params) -> Params:
 
     def one(path: tuple[Any, ...], p: trees.Param, w: Weight) -> Weight:
         kernel = trees.path_name(path).endswith("kernel")
-        return matrix(w, 1 if p.axes[0] == "embed" else len(p.axes) - 1) if kernel else w
+        return matrix(w, len(p.axes) - p.outputs) if kernel and "experts" not in p.axes else w
 
     return jax.tree_util.tree_map_with_path(one, block_params(cfg, dim, 1.0), layer, is_leaf=trees.is_param)
 

@@ -14,6 +14,7 @@ from jaxllm import config
 from jaxllm.kernels.chunked import chunked
 from jaxllm.kernels.flash_gpu import flash_gpu
 from jaxllm.kernels.flash_tpu import flash_tpu
+from jaxllm.kernels.modifiers import NONE, Modifiers
 from jaxllm.kernels.reference import reference
 from jaxllm.records import Mask
 
@@ -26,19 +27,21 @@ DECODE_QUERIES = 16  # so few queries make [T, S] as small as the cache itself
 def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K h"],
     pattern: config.Pattern,
     mask: Mask,
+    modifiers: Modifiers = NONE,
     *,
     scale: float,
     softcap: float | None = None,
     backend: Backend = "chunked",
     interpret: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N h"]:
     """softmax(scale * q k^T) v over the pairs that `pattern` (static) and `mask` (arrays) allow; dtype of q.
 
     Query head n reads kv head n // (N / K); keys and values are never repeated. A query that sees no key (padding)
-    gives zeros, and zero gradients. softcap c: scores become c * tanh(scores / c) before the mask (Gemma 2).
+    gives zeros, and zero gradients. softcap c: scores become c * tanh(scores / c) before the mask (Gemma 2), then come
+    the modifiers. Values may have another width than keys.
 
     backend: "reference" holds [T, S]; "chunked" is plain JAX in O(T + S) memory; "tpu" and "gpu" are Pallas kernels, in
     O(T + S) memory too. With slots given as arrays (cached decoding) a kernel's place is taken by plain JAX, as it is
@@ -48,11 +51,11 @@ def attention(
     """
     _check_shapes(q_BTNH, k_BSKH, v_BSKH)
     args = (q_BTNH, k_BSKH, v_BSKH, pattern, mask)
-    match _choose(backend, q_BTNH.shape[1], k_BSKH.shape[1], mask):
+    match _choose(backend, q_BTNH.shape, k_BSKH.shape, v_BSKH.shape, mask, modifiers):
         case "reference":
-            return reference(*args, scale=scale, softcap=softcap)
+            return reference(*args, modifiers, scale=scale, softcap=softcap)
         case "chunked":
-            return chunked(*args, scale=scale, softcap=softcap)
+            return chunked(*args, modifiers, scale=scale, softcap=softcap)
         case "tpu":
             return flash_tpu(*args, scale=scale, softcap=softcap, interpret=interpret)
         case "gpu":
@@ -61,8 +64,16 @@ def attention(
             assert_never(other)
 
 
-def _choose(backend: Backend, T: int, S: int, mask: Mask) -> Backend:
+def _choose(
+    backend: Backend,
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    mask: Mask,
+    modifiers: Modifiers,
+) -> Backend:
     """`backend`, or the plain path that takes its place."""
+    T, S = q[1], k[1]
     if T <= DECODE_QUERIES:
         return "reference"
     if backend == "reference" and max(T, S) > LARGEST_MATERIALISED:
@@ -70,15 +81,17 @@ def _choose(backend: Backend, T: int, S: int, mask: Mask) -> Backend:
             f'attention: backend="reference" would hold [T, S] = [{T}, {S}] scores, above {LARGEST_MATERIALISED}; '
             'use "chunked", "tpu" or "gpu"'
         )
-    if backend in ("tpu", "gpu") and (mask.q_slot_BT is not None or mask.k_slot_BS is not None):
+    slots = mask.q_slot_BT is not None or mask.k_slot_BS is not None
+    if backend in ("tpu", "gpu") and (slots or not modifiers.plain or k != v):
         return "chunked"
     return backend
 
 
 def _check_shapes(q: Array, k: Array, v: Array) -> None:
-    if k.shape != v.shape or q.ndim != 4 or k.ndim != 4 or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+    alike = q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3]
+    if not alike or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(
-            f"attention: wants q [B, T, N, H] and k, v [B, S, K, H], got q {q.shape}, k {k.shape}, v {v.shape}"
+            f"attention: wants q [B, T, N, H], k [B, S, K, H], v [B, S, K, h], got {q.shape}, {k.shape}, {v.shape}"
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: query heads N={q.shape[2]} must be a multiple of kv heads K={k.shape[2]}")

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxllm import config
+from jaxllm.kernels.modifiers import NONE, Modifiers, bias, bucket
 from jaxllm.kernels.pattern import Blocks, Kind, kinds
 from jaxllm.kernels.reference import MASKED, NOWHERE, Names, group, names, precision, ungroup, visible
 from jaxllm.records import Mask
@@ -34,16 +35,33 @@ class Call(NamedTuple):
     pattern: config.Pattern
     scale: float
     softcap: float | None
+    alibi: config.Alibi | None
+    relative: config.RelativeBias | None
     lists: tuple[tuple[tuple[int, ...], tuple[int, ...], bool, bool], ...]
     exact: lax.Precision
 
 
 class Shares(NamedTuple):
-    """Arrays cut into blocks along a new leading axis. c, d: block lengths."""
+    """Arrays cut into blocks along a new leading axis. c, d: block lengths; values may have a width of their own."""
 
     q: Float[Array, "nq B K G c H"]
     k: Float[Array, "nk B K d H"]
-    v: Float[Array, "nk B K d H"]
+    v: Float[Array, "nk B K d h"]
+
+
+class Learned(NamedTuple):
+    """Of `Modifiers` what has a gradient."""
+
+    sinks: Float[Array, " N"] | None
+    table: Float[Array, "R N"] | None
+
+
+class Fixed(NamedTuple):
+    """What has none: slots and segments in blocks, and of `Modifiers` the slopes and the shifts [nq, B, c]."""
+
+    at: Names
+    slopes: Float[Array, " N"] | None
+    shift: Int[Array, "nq B c"] | None
 
 
 def chunked(
@@ -52,22 +70,25 @@ def chunked(
     v_BSKH: Float[Array, "B S K H"],
     pattern: config.Pattern,
     mask: Mask,
+    modifiers: Modifiers = NONE,
     *,
     scale: float,
     softcap: float | None = None,
     block: int = BLOCK,
 ) -> Float[Array, "B T N H"]:
-    """Attention that never holds more than [block, block] scores per head; differentiable in q, k, v."""
+    """Attention that never holds more than [block, block] scores per head; differentiable in q, k, v and modifiers."""
     T, (S, K) = q_BTNH.shape[1], k_BSKH.shape[1:3]
     block_q, block_k = _block(T, block), _block(S, block)
-    call = Call(pattern, scale, softcap, _lists(pattern, mask, T, S, block_q, block_k), precision(q_BTNH.dtype))
-    at = _cut_names(names(mask, T, S), block_q, block_k)
+    lists, m = _lists(pattern, mask, T, S, block_q, block_k), modifiers
+    call = Call(pattern, scale, softcap, m.alibi, m.relative, lists, precision(q_BTNH.dtype))
+    shift = None if m.shift_BT is None else _cut(m.shift_BT, 1, block_q)
+    fixed = Fixed(_cut_names(names(mask, T, S), block_q, block_k), m.slopes_N, shift)
     shares = Shares(
         _cut(group(q_BTNH, K), 3, block_q),
         _cut(k_BSKH.transpose(0, 2, 1, 3), 2, block_k),
         _cut(v_BSKH.transpose(0, 2, 1, 3), 2, block_k),
     )
-    o: Any = _attend(call, shares, at)
+    o: Any = _attend(call, shares, fixed, Learned(m.sinks_N, m.table_RN))
     return ungroup(_join(o, 3)[:, :, :, :T])
 
 
@@ -128,14 +149,19 @@ def _over_blocks(call: Call, at: Names, body: Callable[..., Any], carry: Any) ->
     return carry
 
 
-def _scores(call: Call, shares: Shares, at: Names, i: Array, j: Array, masked: bool) -> tuple[Array, Array | None]:
+def _scores(
+    call: Call, shares: Shares, fixed: Fixed, learned: Learned, i: Array, j: Array, masked: bool
+) -> tuple[Array, Array | None]:
     """Scores of block (i, j) [B, K, G, c, d], and d(capped) / d(raw) where there is a soft-cap. float32."""
-    q, k = shares.q[i], shares.k[j]
+    q, k, at = shares.q[i], shares.k[j], fixed.at
     s = call.scale * jnp.einsum("BKGTH,BKSH->BKGTS", q, k, precision=call.exact, preferred_element_type=jnp.float32)
     slope = None
     if call.softcap is not None:
         t = jnp.tanh(s / call.softcap)
         s, slope = call.softcap * t, 1 - t * t
+    modifiers = Modifiers(fixed.slopes, learned.table, alibi=call.alibi, relative=call.relative)
+    added = bias(modifiers, at.q_slot_BT[i], at.k_slot_BS[j], None if fixed.shift is None else fixed.shift[i])
+    s = s if added is None else s + added.reshape(-1, *s.shape[1:])
     if masked:
         here = Names(
             at.q_slot_BT[i],
@@ -149,16 +175,21 @@ def _scores(call: Call, shares: Shares, at: Names, i: Array, j: Array, masked: b
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: Call, shares: Shares, at: Names) -> Float[Array, "nq B K G c H"]:
-    return _forward(call, shares, at)[0]
+def _attend(call: Call, shares: Shares, fixed: Fixed, learned: Learned) -> Float[Array, "nq B K G c h"]:
+    return _forward(call, shares, fixed, learned)[0]
 
 
-def _forward(call: Call, shares: Shares, at: Names) -> tuple[Array, tuple[Shares, Names, Array, Array]]:
+def _sinks(learned: Learned, rows: Array) -> Float[Array, "1 1 K G 1"] | None:
+    """The sinks, shaped to broadcast against row statistics [nq, B, K, G, c]."""
+    return None if learned.sinks is None else learned.sinks.astype(jnp.float32).reshape(1, 1, *rows.shape[2:4], 1)
+
+
+def _forward(call: Call, shares: Shares, fixed: Fixed, learned: Learned) -> tuple[Array, tuple[Any, ...]]:
     dot = partial(jnp.einsum, precision=call.exact, preferred_element_type=jnp.float32)
 
     def body(carry: Any, i: Array, j: Array, masked: bool) -> Any:
         o, top, total = carry
-        s, _ = _scores(call, shares, at, i, j, masked)
+        s, _ = _scores(call, shares, fixed, learned, i, j, masked)
         new_top = jnp.maximum(top[i], s.max(-1))
         p = jnp.exp(s - new_top[..., None])
         shrink = jnp.exp(top[i] - new_top)
@@ -170,35 +201,58 @@ def _forward(call: Call, shares: Shares, at: Names) -> tuple[Array, tuple[Shares
         )
 
     rows = shares.q.shape[:-1]
-    start = (jnp.zeros(shares.q.shape, jnp.float32), jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32))
-    o, top, total = _over_blocks(call, at, body, start)
+    empty = jnp.zeros((*rows, shares.v.shape[-1]), jnp.float32)
+    start = (empty, jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32))
+    o, top, total = _over_blocks(call, fixed.at, body, start)
     seen = top > MASKED / 2
-    o = jnp.where(seen[..., None], o / jnp.where(seen, total, 1.0)[..., None], 0.0).astype(shares.q.dtype)
+    o = jnp.where(seen[..., None], o / jnp.where(seen, total, 1.0)[..., None], 0.0)
     lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), -MASKED)
-    return o, (shares, at, o, lse)
+    sinks = _sinks(learned, lse)
+    if sinks is not None:  # one more key of score `sinks` and value 0
+        with_sinks = jnp.logaddexp(lse, sinks)
+        o, lse = o * jnp.exp(lse - with_sinks)[..., None], with_sinks
+    o = o.astype(shares.q.dtype)
+    return o, (shares, fixed, learned, o, lse)
 
 
-def _backward(call: Call, saved: tuple[Shares, Names, Array, Array], do: Array) -> tuple[Shares, None]:
-    shares, at, o, lse = saved
+def _backward(call: Call, saved: tuple[Any, ...], do: Array) -> tuple[Shares, None, Learned]:
+    shares, fixed, learned, o, lse = saved
     dot = partial(jnp.einsum, precision=call.exact, preferred_element_type=jnp.float32)
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1)
 
     def body(carry: Any, i: Array, j: Array, masked: bool) -> Any:
-        dq, dk, dv = carry
-        s, slope = _scores(call, shares, at, i, j, masked)
+        (dq, dk, dv), dtable = carry
+        s, slope = _scores(call, shares, fixed, learned, i, j, masked)
         p = jnp.exp(s - lse[i][..., None])
         dp = dot("BKGTH,BKSH->BKGTS", do[i], shares.v[j])
-        ds = p * (dp - delta[i][..., None]) * call.scale
+        dbias = p * (dp - delta[i][..., None])
+        ds = dbias * call.scale
         ds = (ds if slope is None else ds * slope).astype(shares.q.dtype)
-        return (
+        grads = Shares(
             dq.at[i].add(dot("BKGTS,BKSH->BKGTH", ds, shares.k[j])),
             dk.at[j].add(dot("BKGTS,BKGTH->BKSH", ds, shares.q[i])),
             dv.at[j].add(dot("BKGTS,BKGTH->BKSH", p.astype(do.dtype), do[i])),
         )
+        return grads, dtable if dtable is None else dtable + _table_gradient(call, fixed.at, i, j, dbias)
 
-    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in shares)
-    grads = _over_blocks(call, at, body, start)
-    return Shares(*(g.astype(x.dtype) for g, x in zip(grads, shares, strict=True))), None
+    start = Shares(*(jnp.zeros(x.shape, jnp.float32) for x in shares))
+    dtable = None if learned.table is None else jnp.zeros(learned.table.shape, jnp.float32)
+    grads, dtable = _over_blocks(call, fixed.at, body, (start, dtable))
+    sinks = _sinks(learned, lse)
+    dsinks = None if sinks is None else -jnp.sum(jnp.exp(sinks - lse) * delta, (0, 1, 4)).ravel()
+    like = Learned(dsinks, dtable)
+    cast = Learned(*(g if g is None else g.astype(x.dtype) for g, x in zip(like, learned, strict=True)))
+    return Shares(*(g.astype(x.dtype) for g, x in zip(grads, shares, strict=True))), None, cast
+
+
+def _table_gradient(call: Call, at: Names, i: Array, j: Array, dbias: Float[Array, "B K G c d"]) -> Float[Array, "R N"]:
+    """The gradient of the scores, summed by bucket."""
+    assert call.relative is not None, "a table belongs to a RelativeBias"
+    q_slot, k_slot = at.q_slot_BT[i], at.k_slot_BS[j]
+    found = bucket(call.relative, k_slot[:, None, :] - q_slot[:, :, None])
+    one_hot = (found[..., None] == jnp.arange(call.relative.buckets)[None, None, None]).astype(jnp.float32)
+    summed = dbias if len(found) == len(dbias) else dbias.sum(0, keepdims=True)
+    return jnp.einsum("BTSR,BKGTS->RKG", one_hot, summed).reshape(call.relative.buckets, -1)
 
 
 _attend.defvjp(_forward, _backward)

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import config
+from jaxllm.kernels.modifiers import NONE, Modifiers, bias
 from jaxllm.kernels.pattern import allowed
 from jaxllm.records import Mask
 
@@ -74,11 +75,12 @@ def reference(
     v_BSKH: Float[Array, "B S K H"],
     pattern: config.Pattern,
     mask: Mask,
+    modifiers: Modifiers = NONE,
     *,
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention with [T, S] scores in float32; result in the dtype of q."""
+    """Attention with [T, S] scores in float32; result in the dtype of q, as wide as the values."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     exact = precision(q_BTNH.dtype)
@@ -88,11 +90,18 @@ def reference(
     )
     if softcap is not None:
         scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
-    ok = visible(pattern, names(mask, T, S))[:, None, None]
+    at = names(mask, T, S)
+    added = bias(modifiers, at.q_slot_BT, at.k_slot_BS, modifiers.shift_BT)
+    if added is not None:
+        scores_BKGTS += added.reshape(-1, K, N // K, T, S)
+    ok = visible(pattern, at)[:, None, None]
     scores_BKGTS = jnp.where(ok, scores_BKGTS, MASKED)
-    top = lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
+    top = scores_BKGTS.max(-1, keepdims=True)
+    sinks = None if modifiers.sinks_N is None else modifiers.sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+    top = lax.stop_gradient(top if sinks is None else jnp.maximum(top, sinks))
     weights_BKGTS = jnp.where(ok, jnp.exp(scores_BKGTS - top), 0.0)
-    weights_BKGTS /= jnp.maximum(weights_BKGTS.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    total = weights_BKGTS.sum(-1, keepdims=True) + (0.0 if sinks is None else jnp.exp(sinks - top))
+    weights_BKGTS /= jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     o_BTKGH = jnp.einsum(
         "BKGTS,BSKH->BTKGH",
         weights_BKGTS.astype(v_BSKH.dtype),
@@ -100,4 +109,4 @@ def reference(
         precision=exact,
         preferred_element_type=jnp.float32,
     )
-    return jax.lax.convert_element_type(o_BTKGH.reshape(B, T, N, H), q_BTNH.dtype)
+    return jax.lax.convert_element_type(o_BTKGH.reshape(B, T, N, -1), q_BTNH.dtype)

@@ -13,9 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, assert_never
+from typing import Any
 
-from jaxllm.config import Activation, Block, Full, Linear, Llama3, Local, Pattern, Rope, Scaling, Stack, Transformer
+from jaxllm.config import (
+    GLU,
+    GQA,
+    MLP,
+    Activation,
+    Block,
+    Full,
+    Local,
+    MoE,
+    Pattern,
+    Rope,
+    Stack,
+    Transformer,
+)
 from jaxllm.convert.rules import Alias, Rule, Tensor, applicable
 from jaxllm.transformer import transformer_params
 
@@ -100,93 +113,7 @@ def _typed(config: Config, name: str, default: Any, nullable: bool) -> Any:
     return value
 
 
-def modern(config: Config) -> dict[str, Any]:
-    """The config with rotary settings in today's `rope_parameters`, whichever style it was written in.
-
-    Raises ValueError when both styles are there and differ.
-    """
-    out = dict(config)
-    theta, scaling, given = (out.pop(name, None) for name in ("rope_theta", "rope_scaling", "rope_parameters"))
-    sources = [dict(d) for d in (given, scaling) if d] + ([{"rope_theta": theta}] if theta is not None else [])
-    merged: dict[str, Any] = {}
-    for source in sources:
-        items = [("rope_type" if key == "type" else key, value) for key, value in source.items()]
-        for key, value in items:
-            if merged.setdefault(key, value) != value:
-                raise ValueError(
-                    f"config.json: {key} is {merged[key]!r} in one place and {value!r} in another; keep one"
-                )
-    return out | ({"rope_parameters": merged} if merged else {})
-
-
-def classic(config: Config) -> dict[str, Any]:
-    """The config as transformers 4 writes it (`rope_theta`, `rope_scaling`, `torch_dtype`), which 5 reads as well."""
-    out = dict(config)
-    if "dtype" in out:
-        out["torch_dtype"] = out.pop("dtype")
-    if out.get("rope_parameters"):
-        rope = dict(out.pop("rope_parameters"))
-        out["rope_theta"] = rope.pop("rope_theta")
-        out["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------ rope, acts
-
-_ROPE_KEYS: dict[str, dict[str, str]] = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low",
-        "high_freq_factor": "high",
-        "original_max_position_embeddings": "original",
-    },
-}
-
-
-def rope_from(parameters: Config | None, theta: float = 10_000.0) -> Rope:
-    """A Rope from `rope_parameters`; `theta` when they do not name one. Refuses unknown types and keys by name."""
-    given = dict(parameters or {})
-    base = float(given.pop("rope_theta", theta))
-    kind = given.pop("rope_type", "default")
-    if kind not in _ROPE_KEYS:
-        raise ValueError(
-            f"config.json: rope_type must be one of {sorted(_ROPE_KEYS)}, found {kind!r}; it is not supported"
-        )
-    keys = _ROPE_KEYS[kind]
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("config.json: partial_rotary_factor must be 1.0 for this family")
-    if set(given) != set(keys):
-        raise ValueError(f"config.json: rope_type {kind!r} needs the keys {sorted(keys)}, found {sorted(given)}")
-    values = {keys[key]: value for key, value in given.items()}
-    match kind:
-        case "linear":
-            return Rope(base, scaling=Linear(float(values["factor"])))
-        case "llama3":
-            low, high = float(values["low"]), float(values["high"])
-            return Rope(base, scaling=Llama3(float(values["factor"]), low, high, values["original"]))
-        case _:
-            return Rope(base)
-
-
-def rope_to(rope: Rope) -> dict[str, Any]:
-    """`rope_parameters` of a Rope; the inverse of `rope_from`."""
-    return {"rope_theta": rope.theta} | _scaling_to(rope.scaling)
-
-
-def _scaling_to(scaling: Scaling | None) -> dict[str, Any]:
-    match scaling:
-        case None:
-            return {"rope_type": "default"}
-        case Linear(factor):
-            return {"rope_type": "linear", "factor": factor}
-        case Llama3():
-            keys = _ROPE_KEYS["llama3"]
-            return {"rope_type": "llama3"} | {theirs: getattr(scaling, ours) for theirs, ours in keys.items()}
-        case other:
-            assert_never(other)
-
+# ------------------------------------------------------------------------------------------------------ activations
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -196,6 +123,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
     "gelu_accurate": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
@@ -213,7 +141,7 @@ def activation_from(name: str, where: str) -> Activation:
 
 def activation_to(act: Activation) -> str:
     """The published name of an activation."""
-    return "gelu_pytorch_tanh" if act == "gelu_tanh" else act
+    return {"gelu_tanh": "gelu_pytorch_tanh", "gelu_quick": "quick_gelu"}.get(act, act)
 
 
 # ------------------------------------------------------------------------------------------------- layers, tables
@@ -274,6 +202,21 @@ def table(
 
 def _tuple(path: str | tuple[str, ...]) -> tuple[str, ...]:
     return path if isinstance(path, tuple) else (path,)
+
+
+def plain_layer(family: str, spec: Transformer) -> tuple[GQA, MLP | GLU]:
+    """Attention and feed-forward of the first layer. Raises the `foreign` error when they are of another kind."""
+    block = layers_of(spec)[0]
+    if not isinstance(block.attn, GQA) or isinstance(block.ffn, MoE):
+        raise foreign(family, spec)
+    return block.attn, block.ffn
+
+
+def rope_of(family: str, spec: Transformer, attn: GQA) -> Rope:
+    """The attention's rotation. Raises the `foreign` error when it has none."""
+    if not isinstance(attn.position, Rope):
+        raise foreign(family, spec)
+    return attn.position
 
 
 def foreign(family: str, spec: Transformer) -> ValueError:

@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 from jaxllm.config import Transformer
 from jaxllm.convert.rules import Rule
 from jaxllm.models import gemma2, gpt2, llama, mistral, qwen2
-from jaxllm.models.common import layers_of, modern, stacks_of
+from jaxllm.models.common import layers_of, stacks_of
+from jaxllm.models.rope import modern
 
 
 @runtime_checkable

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from jaxllm.config import GLU, GQA, Block, Full, Local, RMSNorm, Rope, Transformer, decoder
+from jaxllm.config import GLU, GQA, Block, Embedding, Full, LMHead, Local, RMSNorm, Rope, Transformer, decoder
 from jaxllm.convert.rules import Rule
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields, Row
 from jaxllm.models.llama_like import SHAPE, config_of, names_with
+from jaxllm.models.rope import rope_from
 from jaxllm.nn.attention import scale_of
+from jaxllm.nn.head import lm_head
 
 
 def gemma2_2b() -> Transformer:
@@ -25,9 +27,8 @@ def gemma2_2b() -> Transformer:
         stacks=decoder(local, globl, layers=26),
         norm=norm,
         context=8192,
-        embed_scale=2304**0.5,
-        tied=True,
-        logit_softcap=30.0,
+        embed=Embedding(scale=2304**0.5),
+        head=LMHead(tied=True, softcap=30.0),
         name="gemma2_2b",
     )
 
@@ -59,7 +60,7 @@ GEMMA2 = {
 FIELDS = Fields(
     read=SHAPE | GEMMA2,
     nullable=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
-    only={"use_bidirectional_attention": (None, False), "partial_rotary_factor": (1.0,)},
+    only={"use_bidirectional_attention": (None, False)},
 )
 
 NORMS: tuple[Row, ...] = (
@@ -76,7 +77,12 @@ def from_hf(config: Config) -> Transformer:
     # the reference reads hidden_activation, never hidden_act
     norm, dim, window = RMSNorm(float(c["rms_norm_eps"]), unit_offset=True), c["hidden_size"], c["sliding_window"]
     scale, softcap, bias = c["query_pre_attn_scalar"] ** -0.5, c["attn_logit_softcapping"], c["attention_bias"]
-    shape = (c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"], common.rope_from(c["rope_parameters"]))
+    shape = (
+        c["num_attention_heads"],
+        c["num_key_value_heads"],
+        c["head_dim"],
+        rope_from(c["rope_parameters"], c["max_position_embeddings"]),
+    )
     ffn = GLU(c["intermediate_size"], common.activation_from(c["hidden_activation"], "hidden_activation"))
     default = [Full() if i % 2 else Local(window) for i in range(c["num_hidden_layers"])]
     layers = [
@@ -89,18 +95,18 @@ def from_hf(config: Config) -> Transformer:
         stacks=common.stacks_of(layers),
         norm=norm,
         context=c["max_position_embeddings"],
-        embed_scale=dim**0.5,
-        tied=c["tie_word_embeddings"],
-        logit_softcap=c["final_logit_softcapping"],
+        embed=Embedding(scale=dim**0.5),
+        head=LMHead(c["tie_word_embeddings"], softcap=c["final_logit_softcapping"]),
         name="gemma2",
     )
 
 
 def to_hf(spec: Transformer) -> dict[str, Any]:
     """The inverse of `from_hf`."""
-    attn, act = common.layers_of(spec)[0].attn, common.activation_to(common.layers_of(spec)[0].ffn.act)
+    attn, ffn = common.plain_layer(MODEL_TYPE, spec)
+    act = common.activation_to(ffn.act)
     config = config_of(spec, MODEL_TYPE, ARCHITECTURES[0]) | {"hidden_act": act, "hidden_activation": act}
-    caps = {"attn_logit_softcapping": attn.softcap, "final_logit_softcapping": spec.logit_softcap}
+    caps = {"attn_logit_softcapping": attn.softcap, "final_logit_softcapping": lm_head(spec).softcap}
     rest = {"attention_bias": attn.qkv_bias, "query_pre_attn_scalar": round(scale_of(attn) ** -2)}
     return config | caps | rest | common.window_fields([block.attn.pattern for block in common.layers_of(spec)])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxllm.config import GQA, MLP, Block, LayerNorm, Learned, Transformer, decoder
+from jaxllm.config import GQA, MLP, Block, Embedding, LayerNorm, Learned, LMHead, Transformer, decoder
 from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields, Row
@@ -15,7 +15,7 @@ def gpt2(name: str, layers: int, dim: int, heads: int, vocab: int = 50_257, cont
     attn = GQA(heads, heads, dim // heads, qkv_bias=True, out_bias=True)
     block = Block(attn, MLP(4 * dim, "gelu_tanh", bias=True), LayerNorm())
     stacks = decoder(block, layers=layers)
-    return Transformer(vocab, dim, stacks, LayerNorm(), context, embed_position=Learned(context), tied=True, name=name)
+    return Transformer(vocab, dim, stacks, LayerNorm(), context, Embedding(Learned(context)), LMHead(True), name=name)
 
 
 def gpt2_small() -> Transformer:
@@ -100,13 +100,13 @@ def from_hf(config: Config) -> Transformer:
 
     stacks, rows = common.stacks_of([block(i) for i in range(c["n_layer"])]), c["n_positions"]
     vocab, tied = c["vocab_size"], c["tie_word_embeddings"]
-    return Transformer(vocab, dim, stacks, norm, rows, embed_position=Learned(rows), tied=tied, name="gpt2")
+    return Transformer(vocab, dim, stacks, norm, rows, Embedding(Learned(rows)), LMHead(tied), name="gpt2")
 
 
 def to_hf(spec: Transformer) -> dict[str, Any]:
     """The inverse of `from_hf`."""
     blocks, norm = common.layers_of(spec), spec.norm
-    attn, ffn = blocks[0].attn, blocks[0].ffn
+    attn, ffn = common.plain_layer(MODEL_TYPE, spec)
     if not (isinstance(ffn, MLP) and isinstance(norm, LayerNorm) and attn.position is None):
         raise common.foreign(MODEL_TYPE, spec)
     act = "gelu_new" if ffn.act == "gelu_tanh" else common.activation_to(ffn.act)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxllm.config import GLU, GQA, Block, Full, Llama3, Pattern, RMSNorm, Rope, Scaling, Transformer, decoder
+from jaxllm.config import GLU, GQA, Block, Full, Llama3, LMHead, Pattern, RMSNorm, Rope, Scaling, Transformer, decoder
 from jaxllm.convert.rules import Rule
-from jaxllm.models.common import Config, Fields, layers_of, read_fields
+from jaxllm.models.common import Config, Fields, plain_layer, read_fields
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
 
 
@@ -25,7 +25,7 @@ def llama(
     layers, dim, heads, kv_heads, head_dim, vocab, hidden = shape
     attn = GQA(heads, kv_heads, head_dim, position=Rope(theta, scaling=scaling), qkv_bias=qkv_bias)
     block = Block(attn, GLU(hidden, "silu"), RMSNorm(eps))
-    return Transformer(vocab, dim, decoder(block, layers=layers), RMSNorm(eps), context, tied=tied, name=name)
+    return Transformer(vocab, dim, decoder(block, layers=layers), RMSNorm(eps), context, head=LMHead(tied), name=name)
 
 
 def llama2_7b() -> Transformer:
@@ -82,7 +82,7 @@ PREFIX = "model."
 
 FIELDS = Fields(
     read=SHAPE | {"attention_bias": False, "mlp_bias": False},
-    only={"partial_rotary_factor": (1.0,), "rope_interleaved": (False,)},
+    only={"rope_interleaved": (False,)},
     ignored=frozenset({"pretraining_tp", "max_sequence_length"}),
 )
 
@@ -97,8 +97,8 @@ def from_hf(config: Config) -> Transformer:
 def to_hf(spec: Transformer) -> dict[str, Any]:
     """The inverse of `from_hf`."""
     config = config_of(spec, MODEL_TYPE, ARCHITECTURES[0])
-    first = layers_of(spec)[0]
-    return config | {"attention_bias": first.attn.qkv_bias, "mlp_bias": first.ffn.bias}
+    attn, ffn = plain_layer(MODEL_TYPE, spec)
+    return config | {"attention_bias": attn.qkv_bias, "mlp_bias": ffn.bias}
 
 
 def names(spec: Transformer) -> list[Rule]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxllm.config import GLU, GQA, Block, Pattern, RMSNorm, Transformer
+from jaxllm.config import GLU, GQA, Block, LMHead, Pattern, RMSNorm, Transformer
 from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models.common import (
     Config,
@@ -12,12 +12,12 @@ from jaxllm.models.common import (
     activation_from,
     activation_to,
     foreign,
-    layers_of,
-    rope_from,
-    rope_to,
+    plain_layer,
+    rope_of,
     stacks_of,
     table,
 )
+from jaxllm.models.rope import rope_from, rope_to
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32_000,
@@ -65,7 +65,8 @@ NORMS: tuple[Row, ...] = (
 
 def spec_from(c: Config, patterns: list[Pattern], qkv_bias: bool, out_bias: bool, mlp_bias: bool) -> Transformer:
     """The spec of read fields `c`, with one pattern per layer."""
-    heads, rope, norm = c["num_attention_heads"], rope_from(c["rope_parameters"]), RMSNorm(float(c["rms_norm_eps"]))
+    heads, norm = c["num_attention_heads"], RMSNorm(float(c["rms_norm_eps"]))
+    rope = rope_from(c["rope_parameters"], c["max_position_embeddings"])
     kv_heads, width = c["num_key_value_heads"] or heads, c["head_dim"] or c["hidden_size"] // heads
     ffn = GLU(c["intermediate_size"], activation_from(c["hidden_act"], "hidden_act"), mlp_bias)
 
@@ -74,16 +75,17 @@ def spec_from(c: Config, patterns: list[Pattern], qkv_bias: bool, out_bias: bool
 
     stacks, context = stacks_of([block(p) for p in patterns]), c["max_position_embeddings"]
     name, tied = c["model_type"], c["tie_word_embeddings"]
-    return Transformer(c["vocab_size"], c["hidden_size"], stacks, norm, context, tied=tied, name=name)
+    return Transformer(c["vocab_size"], c["hidden_size"], stacks, norm, context, head=LMHead(tied), name=name)
 
 
 def config_of(spec: Transformer, model_type: str, architecture: str) -> dict[str, Any]:
     """The fields of SHAPE for a spec whose layers differ in their pattern at most."""
-    attn, ffn, norm = layers_of(spec)[0].attn, layers_of(spec)[0].ffn, spec.norm
-    if not (isinstance(ffn, GLU) and isinstance(norm, RMSNorm) and attn.position is not None):
+    (attn, ffn), norm = plain_layer(model_type, spec), spec.norm
+    rope = rope_of(model_type, spec, attn)
+    if not (isinstance(ffn, GLU) and isinstance(norm, RMSNorm)):
         raise foreign(model_type, spec)
     values = (spec.vocab, spec.dim, ffn.hidden, spec.layers, attn.heads, attn.kv_heads, attn.head_dim)
-    values += (activation_to(ffn.act), spec.context, norm.eps, spec.tied, rope_to(attn.position))
+    values += (activation_to(ffn.act), spec.context, norm.eps, spec.tied, rope_to(rope))
     return {"model_type": model_type, "architectures": [architecture]} | dict(zip(SHAPE, values, strict=True))
 
 

@@ -22,7 +22,6 @@ FIELDS = Fields(
         "sliding_window": 4096,
     },
     nullable=frozenset({"sliding_window", "num_key_value_heads"}),
-    only={"partial_rotary_factor": (1.0,)},
 )
 
 

@@ -4,8 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import assert_never
 
-from jaxllm.config import GLU, GQA, MLP, And, Block, Local, Or, Pattern, Stack, Transformer
+from jaxllm.config import (
+    FFN,
+    GLU,
+    GQA,
+    MLA,
+    MLP,
+    And,
+    Attention,
+    Block,
+    Cross,
+    DynamicNTK,
+    Llama3,
+    Local,
+    LongRope,
+    MoE,
+    Or,
+    Pattern,
+    Rope,
+    Scaling,
+    Stack,
+    Transformer,
+    Yarn,
+)
 from jaxllm.models import gemma2, gpt2, llama
 
 PRESETS: dict[str, Callable[[], Transformer]] = {
@@ -45,13 +68,68 @@ def toy(spec: Transformer, *, dim: int = 48, vocab: int = 97, window: int = 5, r
                 return pattern
 
     def small(block: Block) -> Block:
-        kv = {True: 4, False: 1 if block.attn.kv_heads == 1 else 2}[block.attn.kv_heads == block.attn.heads]
-        attn: GQA = replace(block.attn, heads=4, kv_heads=kv, head_dim=16, pattern=shrink(block.attn.pattern))
-        ffn: MLP | GLU = replace(block.ffn, hidden=64)
-        return replace(block, attn=attn, ffn=ffn)
+        cross = block.cross if block.cross is None else Cross(_small_gqa(block.cross.attn), dim)
+        attn = replace(_small_attention(block.attn), pattern=shrink(block.attn.pattern))
+        return replace(block, attn=attn, ffn=_small_ffn(block.ffn), cross=cross)
 
     stacks = tuple(Stack(tuple(map(small, s.pattern)), min(repeats, s.repeats)) for s in spec.stacks)
-    learned = None if spec.embed_position is None else replace(spec.embed_position, length=64)
-    scale = None if spec.embed_scale is None else dim**0.5
-    toy_spec = replace(spec, vocab=vocab, dim=dim, stacks=stacks, context=64, name=f"toy_{spec.name}")
-    return replace(toy_spec, embed_position=learned, embed_scale=scale)
+    e = spec.embed
+    embed = replace(
+        e,
+        position=None if e.position is None else replace(e.position, length=64),
+        scale=None if e.scale is None else dim**0.5,
+        dim=None if e.dim is None else dim // 2,
+    )
+    return replace(spec, vocab=vocab, dim=dim, stacks=stacks, context=64, embed=embed, name=f"toy_{spec.name}")
+
+
+def _small_attention(attn: Attention) -> Attention:
+    match attn:
+        case GQA():
+            return _small_gqa(attn)
+        case MLA():
+            ranks = {"q_rank": None if attn.q_rank is None else 20, "kv_rank": 24}
+            return replace(
+                attn, heads=4, nope_dim=12, rope_dim=8, value_dim=16, position=_small_rope(attn.position, 8), **ranks
+            )
+        case other:
+            assert_never(other)
+
+
+def _small_gqa(attn: GQA) -> GQA:
+    kv = {True: 4, False: 1 if attn.kv_heads == 1 else 2}[attn.kv_heads == attn.heads]
+    position = _small_rope(attn.position, 16) if isinstance(attn.position, Rope) else attn.position
+    return replace(attn, heads=4, kv_heads=kv, head_dim=16, position=position)
+
+
+def _small_rope(rope: Rope, width: int) -> Rope:
+    """The same rotation for heads of `width`, its long-context scaling begun after 8 tokens."""
+    rope = replace(rope, fraction=max(2.0 / width, round(rope.fraction * width / 2) * 2 / width))
+    pairs = rope.width(width) // 2
+    sections = None if rope.sections is None else _shares(rope.sections, pairs)
+    match rope.scaling:
+        case LongRope(short, long):
+            scaling: Scaling | None = replace(rope.scaling, short=short[:pairs], long=long[:pairs], original=8)
+        case DynamicNTK() | Yarn() | Llama3():
+            scaling = replace(rope.scaling, original=8)
+        case other:
+            scaling = other
+    return replace(rope, scaling=scaling, sections=sections)
+
+
+def _shares(sections: tuple[int, ...], pairs: int) -> tuple[int, ...]:
+    rest = [max(1, s * pairs // sum(sections)) for s in sections[1:]]
+    return (pairs - sum(rest), *rest)
+
+
+def _small_ffn(ffn: FFN) -> FFN:
+    match ffn:
+        case MLP() | GLU():
+            return replace(ffn, hidden=64)
+        case MoE(expert=expert, router=r, shared=shared):
+            groups = 2 if r.groups > 1 else 1
+            router = replace(r, top_k=min(r.top_k, 3 if groups == 1 else 2), groups=groups, top_groups=1)
+            shared = None if shared is None else replace(shared, hidden=40)
+            return replace(ffn, expert=replace(expert, hidden=24), experts=8, router=router, shared=shared)
+        case other:
+            assert_never(other)

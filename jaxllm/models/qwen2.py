@@ -26,7 +26,7 @@ FIELDS = Fields(
         "layer_types": None,
     },
     nullable=frozenset({"sliding_window", "num_key_value_heads"}),
-    only={"partial_rotary_factor": (1.0,), "use_mrope": (False, None)},
+    only={"use_mrope": (False, None)},
 )
 
 

@@ -1,4 +1,4 @@
-"""Attention layers: projections, rotary, and one call of the attention op.
+"""Attention layers: projections, positions, and one call of the attention op.
 
 With a cache, the keys are the cache's rows and the call's own new ones. A few query tokens (decoding) score the two
 parts separately under one softmax, so that the cache is read in place; a long chunk (prefill over a cache) joins them
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -18,97 +18,299 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxllm.cache import KV
-from jaxllm.config import GQA, Attention, Causal, Pattern
+from jaxllm.config import GQA, MLA, Alibi, Attention, Causal, Cross, Pattern, RelativeBias, Rope
 from jaxllm.kernels.attention import DECODE_QUERIES
 from jaxllm.kernels.attention import attention as attention_op
+from jaxllm.kernels.modifiers import NONE, Modifiers, bias
 from jaxllm.kernels.reference import names, visible
+from jaxllm.leaves import dense
 from jaxllm.nn.ffn import linear, linear_params
-from jaxllm.nn.norm import norm, norm_params
-from jaxllm.nn.position import Rotations, rotate
-from jaxllm.params import ParamTree
-from jaxllm.records import Inputs, Mask
+from jaxllm.nn.norm import norm, norm_params, qk_norm, qk_norm_params
+from jaxllm.nn.position import Tables, alibi_slopes, rotate
+from jaxllm.params import Normal, Param, ParamTree
+from jaxllm.records import Inputs, Mask, Memory
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import mesh_sizes, partition
 
+Cached = tuple[KV, Int[Array, ""] | int]  # a stacked cache, and this layer's index in it
+NewRows = tuple[Float[Array, "B K T H"], Float[Array, "B K T h"]]
+
+
+class Given(NamedTuple):
+    """What all layers of a forward share. key: of dropout, None for none."""
+
+    inputs: Inputs
+    tables: Tables
+    runtime: Runtime
+    causal: bool
+    key: Array | None = None
+
+
+class Scoring(NamedTuple):
+    """How scores are made of q and k."""
+
+    pattern: Pattern
+    scale: float
+    softcap: float | None = None
+    modifiers: Modifiers = NONE
+
 
 def attention_params(cfg: Attention, dim: int, gain: float = 1.0) -> ParamTree:
-    """q [D, N, H], k and v [D, K, H], o [N, H, D] (started at `gain`), and q_norm, k_norm [H] if normalised."""
+    """Projections of one layer, those that write to the residual stream started at `gain`.
+
+    GQA: q [D, N, H], k and v [D, K, H], o [N, H, D]; q_norm, k_norm if normalised; sinks [N].
+    MLA: q [D, N, H], or q_down [D, R], q_norm and q_up [R, N, H]; kv_down [D, R], kv_norm [R], k_rope [D, rope],
+    k_up [R, N, nope], v_up [R, N, value], o [N, value, D].
+    """
+    match cfg:
+        case GQA():
+            return _gqa_params(cfg, dim, dim, gain)
+        case MLA():
+            return _mla_params(cfg, dim, gain)
+        case other:
+            assert_never(other)
+
+
+def _gqa_params(cfg: GQA, dim: int, memory_dim: int, gain: float) -> ParamTree:
     head = {"head_dim": cfg.head_dim}
-    kv = linear_params({"embed": dim}, {"kv_heads": cfg.kv_heads} | head, cfg.qkv_bias)
-    tree = {
+    kv = linear_params({"embed": memory_dim}, {"kv_heads": cfg.kv_heads} | head, cfg.qkv_bias)
+    tree: ParamTree = {
         "q": linear_params({"embed": dim}, {"heads": cfg.heads} | head, cfg.qkv_bias),
         "k": kv,
         "v": kv,
         "o": linear_params({"heads": cfg.heads} | head, {"embed": dim}, cfg.out_bias, gain),
     }
     if cfg.qk_norm is not None:
-        tree |= {name: norm_params(cfg.qk_norm, cfg.head_dim, "head_dim") for name in ("q_norm", "k_norm")}
+        tree["q_norm"] = qk_norm_params(cfg.qk_norm, cfg.heads, cfg.head_dim, "heads")
+        tree["k_norm"] = qk_norm_params(cfg.qk_norm, cfg.kv_heads, cfg.head_dim, "kv_heads")
+    if cfg.sinks:
+        tree["sinks"] = Param((cfg.heads,), ("heads",), Normal(0.02))
     return tree
 
 
-def attention(
-    p: Any,
-    cfg: Attention,
-    x_BTD: Float[Array, "B T D"],
-    inputs: Inputs,
-    rotations: Rotations,
-    runtime: Runtime,
-    cached: tuple[KV, Int[Array, ""] | int] | None = None,
-    causal: bool = True,
-) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-    """One attention layer. Returns its output [B, T, D] and the new keys and values, each [B, K, T, H].
-
-    cached: the stacked cache and this layer's index in it; with one, `inputs.slot_BT` says where the tokens stand.
-    """
-    q = linear(p["q"], x_BTD, "BTD,DNH->BTNH")
-    k = linear(p["k"], x_BTD, "BTD,DKH->BTKH")
-    v = linear(p["v"], x_BTD, "BTD,DKH->BTKH")
-    if cfg.qk_norm is not None:
-        q, k = norm(p["q_norm"], cfg.qk_norm, q), norm(p["k_norm"], cfg.qk_norm, k)
-    if cfg.position is not None:
-        table = rotations[cfg.position, cfg.head_dim]
-        q, k = rotate(cfg.position, table, q), rotate(cfg.position, table, k)
-    pattern = Causal() & cfg.pattern if causal else cfg.pattern
-    if cached is None or cached[0].slot_BS.shape[1] == 0:
-        mask = Mask(inputs.slot_BT, inputs.slot_BT, inputs.segment_BT, inputs.segment_BT, inputs.prefix_B)
-        o = attend(cfg, q, k, v, pattern, mask, runtime)
+def _mla_params(cfg: MLA, dim: int, gain: float) -> ParamTree:
+    D, R = {"embed": dim}, {"rank": cfg.kv_rank}
+    query = {"heads": cfg.heads, "head_dim": cfg.nope_dim + cfg.rope_dim}
+    if cfg.q_rank is None:
+        tree = {"q": linear_params(D, query, False)}
     else:
-        o = _attend_cached(cfg, q, k, v, pattern, inputs, runtime, *cached)
+        tree = {
+            "q_down": linear_params(D, {"rank": cfg.q_rank}, cfg.bias),
+            "q_norm": norm_params(cfg.norm, cfg.q_rank, "rank"),
+            "q_up": linear_params({"rank": cfg.q_rank}, query, False),
+        }
+    return tree | {
+        "kv_down": linear_params(D, R, cfg.bias),
+        "kv_norm": norm_params(cfg.norm, cfg.kv_rank, "rank"),
+        "k_rope": linear_params(D, {"head_dim": cfg.rope_dim}, cfg.bias),
+        "k_up": linear_params(R, {"heads": cfg.heads, "head_dim": cfg.nope_dim}, False),
+        "v_up": linear_params(R, {"heads": cfg.heads, "head_dim": cfg.value_dim}, False),
+        "o": linear_params({"heads": cfg.heads, "head_dim": cfg.value_dim}, D, cfg.bias, gain),
+    }
+
+
+def attention(
+    p: Any, cfg: Attention, x_BTD: Float[Array, "B T D"], given: Given, cached: Cached | None = None
+) -> tuple[Float[Array, "B T D"], NewRows]:
+    """One self-attention layer. Returns its output [B, T, D] and the new cache rows.
+
+    cached: with one that is not empty, `inputs.slot_BT` says where the tokens stand.
+    """
+    cached = None if cached is None or cached[0].slot_BS.shape[1] == 0 else cached
+    match cfg:
+        case GQA():
+            return _gqa(p, cfg, x_BTD, given, cached)
+        case MLA():
+            return _mla(p, cfg, x_BTD, given, cached)
+        case other:
+            assert_never(other)
+
+
+def _pattern(cfg: Attention, given: Given) -> Pattern:
+    return Causal() & cfg.pattern if given.causal else cfg.pattern
+
+
+def _gqa(
+    p: Any, cfg: GQA, x_BTD: Float[Array, "B T D"], given: Given, cached: Cached | None
+) -> tuple[Float[Array, "B T D"], NewRows]:
+    q, k, v = (
+        _clip(cfg, linear(p["q"], x_BTD, "BTD,DNH->BTNH")),
+        _clip(cfg, linear(p["k"], x_BTD, "BTD,DKH->BTKH")),
+        _clip(cfg, linear(p["v"], x_BTD, "BTD,DKH->BTKH")),
+    )
+    if cfg.qk_norm is not None:
+        q, k = qk_norm(p["q_norm"], cfg.qk_norm, q), qk_norm(p["k_norm"], cfg.qk_norm, k)
+    if isinstance(cfg.position, Rope):
+        table = given.tables.rotations[cfg.position, cfg.head_dim]
+        q, k = rotate(cfg.position, table, q), rotate(cfg.position, table, k)
+    scoring = Scoring(_pattern(cfg, given), scale_of(cfg), cfg.softcap, _modifiers(p, cfg, given))
+    o = self_attend(q, k, v, scoring, given, cached)
     o = checkpoint_name(o, "attn_out")
     return linear(p["o"], o, "BTNH,NHD->BTD"), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
-def scale_of(cfg: GQA) -> float:
-    """What scores are multiplied by: `cfg.scale`, or head_dim**-0.5."""
-    return cfg.head_dim**-0.5 if cfg.scale is None else cfg.scale
+def _clip(cfg: GQA, x: Array) -> Float[Array, ...]:
+    return x if cfg.clip is None else jnp.clip(x, -cfg.clip, cfg.clip)
+
+
+def _modifiers(p: Any, cfg: GQA, given: Given) -> Modifiers:
+    m = Modifiers(sinks_N=p["sinks"] if cfg.sinks else None)
+    match cfg.position:
+        case Alibi() as alibi:
+            shift = None
+            if alibi.rounded:
+                position = given.inputs.position_BT
+                slot = given.inputs.slot_BT
+                shift = position - (jnp.arange(position.shape[-1])[None] if slot is None else slot)
+            return replace(m, slopes_N=jnp.asarray(alibi_slopes(alibi, cfg.heads)), alibi=alibi, shift_BT=shift)
+        case RelativeBias() as relative:
+            return replace(m, table_RN=given.tables.bias_RN, relative=relative)
+        case _:
+            return m
+
+
+def scale_of(cfg: Attention) -> float:
+    """What scores are multiplied by: `cfg.scale`, or (width of a key)**-0.5."""
+    match cfg:
+        case GQA(scale=None):
+            return cfg.head_dim**-0.5
+        case MLA(scale=None):
+            return (cfg.nope_dim + cfg.rope_dim) ** -0.5
+        case _:
+            return float(cfg.scale)  # type: ignore[arg-type]
+
+
+def _mla(
+    p: Any, cfg: MLA, x_BTD: Float[Array, "B T D"], given: Given, cached: Cached | None
+) -> tuple[Float[Array, "B T D"], NewRows]:
+    """Naive without a cache: keys and values of all heads are made from the latents. Absorbed with one (§2.1.2 of the
+    paper): queries are taken into the latent, where all heads share one key and value, and results back out of it.
+    """
+    if cfg.q_rank is None:
+        q = linear(p["q"], x_BTD, "BTD,DNH->BTNH")
+    else:
+        low = norm(p["q_norm"], cfg.norm, linear(p["q_down"], x_BTD, "BTD,DR->BTR"))
+        q = linear(p["q_up"], low, "BTR,RNH->BTNH")
+    table = given.tables.rotations[cfg.position, cfg.rope_dim]
+    q_nope, q_rope = q[..., : cfg.nope_dim], rotate(cfg.position, table, q[..., cfg.nope_dim :])
+    latent = norm(p["kv_norm"], cfg.norm, linear(p["kv_down"], x_BTD, "BTD,DR->BTR"))
+    k_rope = rotate(cfg.position, table, linear(p["k_rope"], x_BTD, "BTD,DH->BTH")[:, :, None])
+    one_key = jnp.concatenate([latent[:, :, None], k_rope], -1)  # all that is cached
+    scoring = Scoring(_pattern(cfg, given), scale_of(cfg))
+    if cached is None:
+        k_nope = linear(p["k_up"], latent, "BTR,RNH->BTNH")
+        k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, (*k_nope.shape[:3], cfg.rope_dim))], -1)
+        v = linear(p["v_up"], latent, "BTR,RNH->BTNH")
+        o = self_attend(jnp.concatenate([q_nope, q_rope], -1), k, v, scoring, given, None)
+    else:
+        k_up, v_up = (dense(p[name]["kernel"], x_BTD.dtype) for name in ("k_up", "v_up"))
+        q = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_nope, k_up), q_rope], -1)
+        o = self_attend(q, one_key, latent[:, :, None], scoring, given, cached)
+        o = jnp.einsum("BTNR,RNH->BTNH", o, v_up)
+    o = checkpoint_name(o, "attn_out")
+    rows = one_key.swapaxes(1, 2)
+    return linear(p["o"], o, "BTNH,NHD->BTD"), (rows, rows[..., :0])
+
+
+# ---------------------------------------------------------------------------------------------------------- memories
+
+
+def cross_params(cfg: Cross, dim: int, gain: float = 1.0) -> ParamTree:
+    """q [D, N, H], k and v [M, K, H], o [N, H, D]."""
+    return _gqa_params(cfg.attn, dim, cfg.dim, gain)
+
+
+def memory_rows(p: Any, cfg: Cross, hidden_BSM: Float[Array, "B S M"]) -> NewRows:
+    """Keys and values of a memory for one layer, [B, K, S, H]: filled once, read at every step."""
+    k = linear(p["k"], hidden_BSM, "BSM,MKH->BSKH")
+    v = linear(p["v"], hidden_BSM, "BSM,MKH->BSKH")
+    if cfg.attn.qk_norm is not None:
+        k = qk_norm(p["k_norm"], cfg.attn.qk_norm, k)
+    return k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def cross_attention(
+    p: Any, cfg: Cross, x_BTD: Float[Array, "B T D"], given: Given, rows: NewRows | None
+) -> Float[Array, "B T D"]:
+    """Attention to `inputs.memory`; to its precomputed `rows` of this layer if they are there."""
+    memory = given.inputs.memory
+    if memory is None:
+        raise ValueError("cross-attention: inputs.memory is None; give the encoder's output as a Memory")
+    attn = cfg.attn
+    k, v = memory_rows(p, cfg, memory.hidden_BSM) if rows is None else rows
+    q = linear(p["q"], x_BTD, "BTD,DNH->BTNH")
+    q = q if attn.qk_norm is None else qk_norm(p["q_norm"], attn.qk_norm, q)
+    mask = _memory_mask(given.inputs, memory)
+    scoring = Scoring(attn.pattern, scale_of(attn), attn.softcap)
+    o = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), scoring, mask, given.runtime)
+    return linear(p["o"], o, "BTNH,NHD->BTD")
+
+
+def _memory_mask(inputs: Inputs, memory: Memory) -> Mask:
+    """Segments must agree if the memory is packed; otherwise only its padding is hidden."""
+    return Mask(
+        q_segment_BT=inputs.segment_BT if memory.packed else None,
+        k_segment_BS=memory.segment_BS,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- op
+
+
+def self_attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K h"],
+    scoring: Scoring,
+    given: Given,
+    cached: Cached | None,
+) -> Float[Array, "B T N h"]:
+    """Attention of a forward's tokens among themselves, and to the cache's rows when there are any."""
+    if cached is not None:
+        return _attend_cached(q, k, v, scoring, given, cached)
+    inputs = given.inputs
+    mask = Mask(inputs.slot_BT, inputs.slot_BT, inputs.segment_BT, inputs.segment_BT, inputs.prefix_B)
+    return attend(q, k, v, scoring, mask, given.runtime)
 
 
 def attend(
-    cfg: GQA, q: Array, k: Array, v: Array, pattern: Pattern, mask: Mask, runtime: Runtime
-) -> Float[Array, "B T N H"]:
-    """The attention op on the context mesh: batch and heads are split by the layout, each device runs the kernel.
-
-    q [B, T, N, H]; k, v [B, S, K, H].
-    """
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K h"],
+    scoring: Scoring,
+    mask: Mask,
+    runtime: Runtime,
+) -> Float[Array, "B T N h"]:
+    """The attention op on the context mesh: batch and heads are split by the layout, each device runs the kernel."""
     backend = resolve_backend(runtime)
-    op = partial(attention_op, pattern=pattern, scale=scale_of(cfg), softcap=cfg.softcap, backend=backend)
+    op = partial(attention_op, pattern=scoring.pattern, scale=scoring.scale, softcap=scoring.softcap, backend=backend)
 
-    def run(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-        return op(q, k, v, mask=mask)
+    def run(q: Array, k: Array, v: Array, mask: Mask, modifiers: Modifiers) -> Array:
+        return op(q, k, v, mask=mask, modifiers=modifiers)
 
     sizes = mesh_sizes()
     if backend in ("reference", "chunked") or runtime.layout is None or not sizes:
-        return run(q, k, v, mask)
+        return run(q, k, v, mask, scoring.modifiers)
 
-    def spec(axes: tuple[str | None, ...], x: Array) -> PartitionSpec:
-        return partition(axes, x.shape, runtime.layout, sizes)  # type: ignore[arg-type]
+    def spec(axes: tuple[str | None, ...], x: Array | None) -> Any:
+        return None if x is None else partition(axes, x.shape, runtime.layout, sizes)  # type: ignore[arg-type]
 
-    q_spec = spec(("batch", None, "heads", None), q)
-    kv_spec = spec(("batch", None, "kv_heads", None), k)
-    mask_spec = jax.tree.map(lambda x: spec(("batch", *[None] * (x.ndim - 1)), x), mask)
-    return jax.shard_map(run, in_specs=(q_spec, kv_spec, kv_spec, mask_spec), out_specs=q_spec, check_vma=False)(
-        q, k, v, mask
+    m = scoring.modifiers
+    specs = (
+        spec(("batch", None, "heads", None), q),
+        spec(("batch", None, "kv_heads", None), k),
+        spec(("batch", None, "kv_heads", None), v),
+        jax.tree.map(lambda x: spec(("batch", *[None] * (x.ndim - 1)), x), mask),
+        replace(
+            m,
+            slopes_N=spec(("heads",), m.slopes_N),
+            table_RN=spec((None, "heads"), m.table_RN),
+            sinks_N=spec(("heads",), m.sinks_N),
+            shift_BT=spec(("batch", None), m.shift_BT),
+        ),
     )
+    out: PartitionSpec = specs[0]
+    return jax.shard_map(run, in_specs=specs, out_specs=out, check_vma=False)(q, k, v, mask, m)
 
 
 def resolve_backend(runtime: Runtime) -> Any:
@@ -119,16 +321,9 @@ def resolve_backend(runtime: Runtime) -> Any:
 
 
 def _attend_cached(
-    cfg: GQA,
-    q_BTNH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    pattern: Pattern,
-    inputs: Inputs,
-    runtime: Runtime,
-    cache: KV,
-    index: Int[Array, ""] | int,
-) -> Float[Array, "B T N H"]:
+    q: Array, k: Array, v: Array, scoring: Scoring, given: Given, cached: Cached
+) -> Float[Array, "B T N h"]:
+    inputs, runtime, (cache, index) = given.inputs, given.runtime, cached
     if inputs.slot_BT is None:
         raise ValueError("attention: a forward over a filled cache needs inputs.slot_BT, the slots of the new tokens")
     if cache.ring and inputs.prefix_B is not None:
@@ -137,44 +332,48 @@ def _attend_cached(
         )
     segment_BT = jnp.ones_like(inputs.slot_BT) if inputs.segment_BT is None else inputs.segment_BT
     # XLA on CPU lacks batched dots of two bf16 arrays with a float32 result (UNIMPLEMENTED at run time).
-    few, plain = q_BTNH.shape[1] <= DECODE_QUERIES, resolve_backend(runtime) in ("reference", "chunked")
-    dtype = jnp.float32 if few and plain else q_BTNH.dtype
-    old_k, old_v = cache.k[index].astype(dtype), cache.v[index].astype(dtype)
+    few, plain = q.shape[1] <= DECODE_QUERIES, resolve_backend(runtime) in ("reference", "chunked")
+    dtype = jnp.float32 if few and plain else q.dtype
+    old_k = cache.k[index].astype(dtype)
+    old_v = cache.v[index].astype(dtype) if cache.v.shape[-1] else old_k[..., : v.shape[-1]]  # latents: one array
     old = Mask(inputs.slot_BT, cache.slot_BS, segment_BT, cache.segment_BS, inputs.prefix_B)
-    new = Mask(inputs.slot_BT, inputs.slot_BT, segment_BT, segment_BT, inputs.prefix_B)
     if few:
-        new_k, new_v = (x.swapaxes(1, 2).astype(dtype) for x in (k_BTKH, v_BTKH))
-        return _decode(cfg, q_BTNH, ((old_k, old_v, old), (new_k, new_v, new)), pattern)
+        new = Mask(inputs.slot_BT, inputs.slot_BT, segment_BT, segment_BT, inputs.prefix_B)
+        new_k, new_v = (x.swapaxes(1, 2).astype(dtype) for x in (k, v))
+        return _decode(q, ((old_k, old_v, old), (new_k, new_v, new)), scoring)
     joined = replace(
         old,
         k_slot_BS=jnp.concatenate([cache.slot_BS, inputs.slot_BT], 1),
         k_segment_BS=jnp.concatenate([cache.segment_BS, segment_BT], 1),
     )
-    k = jnp.concatenate([old_k.swapaxes(1, 2), k_BTKH], 1)
-    v = jnp.concatenate([old_v.swapaxes(1, 2), v_BTKH], 1)
-    return attend(cfg, q_BTNH, k, v, pattern, joined, Runtime(attention="chunked", layout=runtime.layout))
+    k = jnp.concatenate([old_k.swapaxes(1, 2), k], 1)
+    v = jnp.concatenate([old_v.swapaxes(1, 2), v], 1)
+    return attend(q, k, v, scoring, joined, Runtime(attention="chunked", layout=runtime.layout))
 
 
-def _decode(
-    cfg: GQA, q_BTNH: Array, parts: tuple[tuple[Array, Array, Mask], ...], pattern: Pattern
-) -> Float[Array, "B T N H"]:
+def _decode(q_BTNH: Array, parts: tuple[tuple[Array, Array, Mask], ...], scoring: Scoring) -> Float[Array, "B T N h"]:
     """softmax over the keys of all parts at once; scores are small since T is."""
-    B, T, N, H = q_BTNH.shape
-    q_BTKGH = (q_BTNH * scale_of(cfg)).reshape(B, T, cfg.kv_heads, N // cfg.kv_heads, H)
+    (B, T, N, H), K, m = q_BTNH.shape, parts[0][0].shape[1], scoring.modifiers
+    q_BTKGH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H)
     q_BTKGH = q_BTKGH.astype(parts[0][0].dtype)
     scores = []
     for k, _, mask in parts:
         s = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32)
-        s = s if cfg.softcap is None else cfg.softcap * jnp.tanh(s / cfg.softcap)
-        scores.append(jnp.where(visible(pattern, names(mask, T, k.shape[2]))[:, None, None], s, -jnp.inf))
-    top = jnp.maximum(
-        jnp.max(jnp.concatenate([s.max(-1, keepdims=True) for s in scores], -1), -1, keepdims=True), -1e30
-    )
+        s = s if scoring.softcap is None else scoring.softcap * jnp.tanh(s / scoring.softcap)
+        at = names(mask, T, k.shape[2])
+        added = bias(m, at.q_slot_BT, at.k_slot_BS, m.shift_BT)
+        s = s if added is None else s + added.reshape(-1, *s.shape[1:])
+        scores.append(jnp.where(visible(scoring.pattern, at)[:, None, None], s, -jnp.inf))
+    tops = [s.max(-1, keepdims=True) for s in scores]
+    if m.sinks_N is not None:
+        sinks = m.sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+        tops.append(jnp.broadcast_to(sinks, tops[0].shape))
+    top = jnp.maximum(jnp.max(jnp.concatenate(tops, -1), -1, keepdims=True), -1e30)
     exps = [jnp.exp(s - top) for s in scores]
-    total = sum(e.sum(-1) for e in exps)
+    total = sum(e.sum(-1) for e in exps) + (0.0 if m.sinks_N is None else jnp.exp(tops[-1] - top)[..., 0])
     out = sum(
         jnp.einsum("BKGTS,BKSH->BTKGH", e.astype(v.dtype), v, preferred_element_type=jnp.float32)
         for e, (_, v, _) in zip(exps, parts, strict=True)
     )
     out = out / jnp.maximum(total, 1e-30).transpose(0, 3, 1, 2)[..., None]
-    return out.astype(q_BTNH.dtype).reshape(B, T, N, H)
+    return out.astype(q_BTNH.dtype).reshape(B, T, N, -1)

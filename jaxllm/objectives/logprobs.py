@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import Transformer
-from jaxllm.leaves import chunk_rows, pad_rows, project
+from jaxllm.leaves import chunk_rows, pad_rows
+from jaxllm.nn.head import features, finish, head_kernel, lm_head
 from jaxllm.params import Constant, Param
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import constrain, use, ways
-from jaxllm.transformer import head
 
 
 def token_logprobs(
@@ -31,12 +31,12 @@ def token_logprobs(
     """log p(target | hidden), float32 [B, T]. Targets outside the vocabulary give NaN."""
     shards = ways("vocab", spec.vocab, runtime.layout)
     chunks, rows = _split(spec.vocab, runtime.vocab_chunk, shards)
-    weight = chunk_rows(pad_rows(head(params, spec), rows) if rows > spec.vocab else head(params, spec), chunks, shards)
+    cfg, kernel = lm_head(spec), head_kernel(params, spec)
+    hidden_BTD = features(params, spec, hidden_BTD)
+    weight = chunk_rows(pad_rows(kernel, rows) if rows > spec.vocab else kernel, chunks, shards)
     column = chunk_rows(jnp.arange(rows), chunks, shards)
-    bias = (
-        chunk_rows(jnp.pad(params["head"]["bias"], (0, rows - spec.vocab)), chunks, shards) if spec.head_bias else None
-    )
-    declared = Param((rows // chunks, spec.dim), ("vocab", "embed"), Constant(0.0))
+    bias = chunk_rows(jnp.pad(params["head"]["bias"], (0, rows - spec.vocab)), chunks, shards) if cfg.bias else None
+    declared = Param((rows // chunks, hidden_BTD.shape[-1]), ("vocab", "embed"), Constant(0.0))
     hidden32_BTD = hidden_BTD.astype(jnp.float32)  # its gradient is a sum over chunks: kept in float32
 
     @jax.checkpoint
@@ -44,11 +44,8 @@ def token_logprobs(
         weight, column, bias = chunk
         column = column[None, None]
         ready = use({"w": declared}, {"w": weight}, runtime.layout, runtime.compute_dtype)["w"]
-        logits = project(hidden32_BTD.astype(runtime.compute_dtype), ready, "BTD,VD->BTV").astype(jnp.float32)
+        logits = finish(cfg, hidden32_BTD.astype(runtime.compute_dtype), ready, bias)
         logits = constrain(logits, ("batch", None, "vocab"), runtime.layout)
-        logits = logits if bias is None else logits + bias.astype(jnp.float32)[None, None]
-        if spec.logit_softcap is not None:
-            logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
         logits = jnp.where(column < spec.vocab, logits, -jnp.inf) if rows > spec.vocab else logits
         total, target = carry
         total = jnp.logaddexp(total, jax.nn.logsumexp(logits, -1))

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from jax.sharding import PartitionSpec
 
-from jaxllm.cache import window
-from jaxllm.config import GLU, MLP, Block, Transformer
+from jaxllm.cache import widths, window
+from jaxllm.config import FFN, GLU, MLP, Block, MoE, Transformer
 from jaxllm.experiment import Experiment
-from jaxllm.flops import forward_flops_per_token, matmul_weights, train_flops_per_token
+from jaxllm.flops import forward_flops_per_token, matmul_weights, score_width, train_flops_per_token
 from jaxllm.params import count, paths
 from jaxllm.sharding import Layout, storage
 from jaxllm.transformer import transformer_params
@@ -49,7 +49,10 @@ def info(spec: Transformer, context: int | None = None, dtype: str = "bfloat16")
     T = spec.context if context is None else context
     matrices = matmul_weights(spec)
     forward = forward_flops_per_token(spec, T)
-    rows = {block: 2 * block.attn.kv_heads * block.attn.head_dim * _BYTES[dtype] for block, _ in _blocks(spec)}
+    rows = {}
+    for block, _ in _blocks(spec):
+        heads, key, value = widths(block.attn)
+        rows[block] = heads * (key + value) * _BYTES[dtype]
     kept = {block: min(window(block.attn.pattern) or T, T) if spec.causal else T for block, _ in _blocks(spec)}
     return Info(
         name=spec.name,
@@ -113,12 +116,20 @@ def _blocks(spec: Transformer) -> list[tuple[Block, int]]:
 
 def _saved_width(block: Block, dim: int, remat: str) -> int:
     """Numbers per token that a layer keeps for its backward pass. An estimate for "none", which is XLA's to choose."""
-    attn, ffn = block.attn, block.ffn
-    heads, kv = attn.heads * attn.head_dim, attn.kv_heads * attn.head_dim
+    kv_heads, key, value = widths(block.attn)
+    heads, kv, up = score_width(block.attn) // 2, kv_heads * (key + value), ffn_width(block.ffn)
+    kept = {"full": dim, "attention": dim + heads, "dots": 3 * dim + heads + kv + up}
+    return kept.get(remat, 5 * dim + 2 * heads + 2 * kv + 2 * up)
+
+
+def ffn_width(ffn: FFN) -> int:
+    """Numbers per token that the first projections of a layer give."""
     match ffn:
         case GLU(hidden):
-            up = 2 * hidden
+            return 2 * hidden
         case MLP(hidden):
-            up = hidden
-    kept = {"full": dim, "attention": dim + heads, "dots": 3 * dim + heads + 2 * kv + up}
-    return kept.get(remat, 5 * dim + 2 * heads + 4 * kv + 2 * up)
+            return hidden
+        case MoE(expert=expert, router=router, shared=shared):
+            return router.top_k * ffn_width(expert) + (0 if shared is None else ffn_width(shared))
+        case other:
+            assert_never(other)

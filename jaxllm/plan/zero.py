@@ -17,11 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import assert_never
 
 from jax.sharding import PartitionSpec
 
-from jaxllm.config import GLU, MLP, Block
+from jaxllm.config import GLU, GQA, MLP, Block
 from jaxllm.experiment import Experiment
 from jaxllm.params import Param, paths
 from jaxllm.sharding import Layout, partition, storage
@@ -138,15 +137,20 @@ def _layer(exp: Experiment, block: Block, t: int, c: int, sizes: Mapping[str, in
     Its largest matrix twice: gathered (stage 3), and its gradient before it is scattered. One at a time.
     """
     D, tensor = exp.model.dim, sizes["tensor"]
-    heads = (block.attn.heads + block.attn.kv_heads) * block.attn.head_dim // tensor
+    attn = block.attn
+    if not isinstance(attn, GQA):
+        raise ValueError(f"zero formula: stated for GQA layers only, found {type(attn).__name__}; ask `jaxllm plan`")
+    heads = (attn.heads + attn.kv_heads) * attn.head_dim // tensor
     match block.ffn:
         case GLU(hidden):
             matrices = 3
         case MLP(hidden):
             matrices = 2
         case other:
-            assert_never(other)
-    largest = D * max(hidden, block.attn.heads * block.attn.head_dim) // tensor
+            raise ValueError(
+                f"zero formula: stated for dense layers only, found {type(other).__name__}; ask `jaxllm plan`"
+            )
+    largest = D * max(hidden, attn.heads * attn.head_dim) // tensor
     return c * (t * (5 * D + 4 * heads + matrices * hidden // tensor) + 2 * largest)
 
 

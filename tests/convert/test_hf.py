@@ -17,9 +17,9 @@ from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.data.tokenizer import load as load_tokenizer
 from jaxllm.data.train_tokenizer import train_tokenizer
 from jaxllm.model import logits
-from jaxllm.models.common import classic, modern
 from jaxllm.models.families import FAMILIES, family_of_spec, spec_of_config
 from jaxllm.models.presets import PRESETS
+from jaxllm.models.rope import classic, modern
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 NAMES = ["llama_gqa", "llama_mha", "llama31_rope", "llama_rope_linear", "mistral_swa", "qwen2", "gpt2", "gemma2"]
@@ -172,7 +172,7 @@ def test_a_field_changes_the_spec_and_comes_back(name, change, look, value):
 
 
 def test_model_wide_fields():
-    assert spec_of_config(config_of("gemma2") | {"final_logit_softcapping": None}).logit_softcap is None
+    assert spec_of_config(config_of("gemma2") | {"final_logit_softcapping": None}).head.softcap is None
     assert spec_of_config(config_of("gpt2") | {"tie_word_embeddings": False}).tied is False
     assert spec_of_config({k: v for k, v in config_of("gpt2").items() if k != "tie_word_embeddings"}).tied is True
     assert spec_of_config({k: v for k, v in config_of("llama_gqa").items() if k != "tie_word_embeddings"}).tied is False
@@ -207,12 +207,12 @@ REFUSED = [
     ("llama_gqa", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     ("llama_gqa", {"surprise": 3}, "'surprise'.*might change the math"),
     ("llama_gqa", {"quantization_config": {"bits": 4}}, "quantization_config"),
-    ("llama_gqa", {"hidden_act": "quick_gelu"}, "hidden_act.*quick_gelu"),
+    ("llama_gqa", {"hidden_act": "mish"}, "hidden_act.*mish"),
     ("llama_gqa", {"hidden_size": "64"}, "hidden_size must be int, found '64'"),
     ("llama_gqa", {"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
     ("llama_gqa", {"num_key_value_heads": 3}, "kv_heads=3"),
     ("llama_gqa", {"tie_word_embeddings": None}, "tie_word_embeddings must be bool"),
-    ("llama_gqa", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type.*'yarn'"),
+    ("llama_gqa", {"rope_parameters": {"rope_type": "magic", "rope_theta": 1e4}}, "rope_type.*'magic'"),
     ("llama_gqa", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "needs the keys.*factor"),
     ("llama_gqa", {"rope_parameters": {"rope_type": "default", "mystery": 1}}, "mystery"),
     ("llama_gqa", {"rope_theta": 5e5}, "rope_theta is 10000.0 in one place and 500000.0"),

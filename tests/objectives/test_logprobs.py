@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.config import LMHead
 from jaxllm.leaves import Adapted, dense, quantise
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.objectives.lm import lm_loss, nll
@@ -14,18 +15,18 @@ from jaxllm.objectives.logprobs import _split, token_logprobs
 from jaxllm.params import init
 from jaxllm.records import Batch
 from jaxllm.runtime import Runtime
-from jaxllm.transformer import head, logits, transformer_params
+from jaxllm.transformer import head_kernel, logits, transformer_params
 
 SPECS = {
     "tied": toy(PRESETS["smollm2_135m"]()),
-    "untied, soft-capped": replace(toy(PRESETS["gemma2_2b"]()), tied=False),
-    "bias": replace(toy(PRESETS["llama2_7b"]()), head_bias=True),
+    "untied, soft-capped": replace(toy(PRESETS["gemma2_2b"]()), head=LMHead(softcap=30.0)),
+    "bias": replace(toy(PRESETS["llama2_7b"]()), head=LMHead(bias=True)),
 }
 
 
 def setup(spec, getkey):
     params = init(transformer_params(spec), getkey())
-    if spec.head_bias:
+    if spec.head.bias:
         params["head"]["bias"] = jax.random.normal(getkey(), (spec.vocab,))
     return (
         params,
@@ -59,7 +60,7 @@ def test_values_and_gradients(name, chunk, getkey):
 def test_any_weight_may_be_the_head(kind, getkey):
     spec = SPECS["untied, soft-capped"]
     params, hidden, target = setup(spec, getkey)
-    w = head(params, spec)
+    w = head_kernel(params, spec)
     a, b = jax.random.normal(getkey(), (97, 3)), jax.random.normal(getkey(), (3, spec.dim))
     changed = quantise(w, (1,)) if kind == "int8" else Adapted(w, a, b, jnp.float32(0.1))
     got = token_logprobs(params | {"head": {"kernel": changed}}, spec, hidden, target, Runtime(vocab_chunk=40))

@@ -30,14 +30,14 @@ CHILD = Path(__file__).with_name("kill_child.py")
 STEPS, EVERY, KILLED = 60, 5, -9
 
 CONFIG = """
-from jaxllm.config import GLU, GQA, Block, RMSNorm, Rope, Transformer, decoder
+from jaxllm.config import GLU, GQA, Block, LMHead, RMSNorm, Rope, Transformer, decoder
 from jaxllm.experiment import Checkpointing, Data, Experiment, Optimizer, Source
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout
 
 def config():
     block = Block(GQA(2, 2, 16, position=Rope()), GLU(64), RMSNorm())
-    model = Transformer(384, 32, decoder(block, layers=1), RMSNorm(), context=32, tied=True, name="kill")
+    model = Transformer(384, 32, decoder(block, layers=1), RMSNorm(), context=32, head=LMHead(tied=True), name="kill")
     data = Data((Source({corpus!r}),), context=32, held_out_chars=1000)
     return Experiment(
         model, data, steps={steps}, batch_size=4, run_dir="unused", optimizer=Optimizer(peak_lr=1e-2, warmup_steps=5),

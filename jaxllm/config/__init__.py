@@ -1,0 +1,77 @@
+"""The model spec: *what* the function is, never how it is computed.
+
+Every type is a small frozen dataclass, hashable, and free of jax, so that a spec can be a static argument of
+`jax.jit`, a dictionary key, or a JSON file. Variants form sum types (`Norm = RMSNorm | LayerNorm`) told apart by one
+`match` in the room that owns the verb. Absence is `None`.
+
+Dimension key, used in every array name and einsum of the project:
+
+    B batch     T query length   S key length   D model width   N query heads   K kv heads   G = N / K
+    H head width   F feed-forward width   V vocabulary   R low rank   L stacked layers   E experts   C capacity
+    P pages
+"""
+
+from jaxllm.config.attention import GQA, MLA, Attention, QKNorm
+from jaxllm.config.ffn import FFN, GLU, MLP, Activation, MoE, Router
+from jaxllm.config.models import Block, Classifier, Cross, Embedding, LMHead, Stack, Transform, Transformer, decoder
+from jaxllm.config.norms import LayerNorm, Norm, RMSNorm
+from jaxllm.config.patterns import And, Causal, Full, Local, Or, Pattern
+from jaxllm.config.positions import (
+    NTK,
+    Alibi,
+    DynamicNTK,
+    Learned,
+    Linear,
+    Llama3,
+    LongRope,
+    Position,
+    RelativeBias,
+    Rope,
+    Scaling,
+    Sinusoidal,
+    Yarn,
+)
+
+__all__ = [
+    "FFN",
+    "GLU",
+    "GQA",
+    "MLA",
+    "MLP",
+    "NTK",
+    "Activation",
+    "Alibi",
+    "And",
+    "Attention",
+    "Block",
+    "Causal",
+    "Classifier",
+    "Cross",
+    "DynamicNTK",
+    "Embedding",
+    "Full",
+    "LMHead",
+    "LayerNorm",
+    "Learned",
+    "Linear",
+    "Llama3",
+    "Local",
+    "LongRope",
+    "MoE",
+    "Norm",
+    "Or",
+    "Pattern",
+    "Position",
+    "QKNorm",
+    "RMSNorm",
+    "RelativeBias",
+    "Rope",
+    "Router",
+    "Scaling",
+    "Sinusoidal",
+    "Stack",
+    "Transform",
+    "Transformer",
+    "Yarn",
+    "decoder",
+]
