@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
+from jaxllm.architectures import model_params
 from jaxllm.config import Transformer
 from jaxllm.convert import rules
 from jaxllm.convert.safetensors_io import open_folder, write_folder
@@ -19,7 +20,6 @@ from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.leaves import is_weight
 from jaxllm.models.families import Family, family_of_config, family_of_spec, spec_of_config
 from jaxllm.models.rope import classic
-from jaxllm.transformer import transformer_params
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -40,7 +40,7 @@ def load_folder(
 ) -> tuple[Transformer, Any, Tokenizer | None]:
     """(spec, params, tokenizer) of a folder; the tokenizer is None when the folder has none.
 
-    shardings: a tree like `transformer_params(spec)`: tensors are read one by one straight into their local shards.
+    shardings: a tree like `model_params(spec)`: tensors are read one by one straight into their local shards.
     Config, names and shapes are checked before anything is allocated. Raises ValueError or FileNotFoundError naming
     the field, the tensor or the file.
     """
@@ -54,7 +54,7 @@ def load_params(
     path: epath.PathLike, spec: Transformer, family: Family, dtype: DTypeLike, shardings: Any = None
 ) -> Any:
     """The weights of a folder as parameters of `spec`."""
-    folder, table, tree = open_folder(path), family.names(spec), transformer_params(spec)
+    folder, table, tree = open_folder(path), family.names(spec), model_params(spec)
     bare = not any(name.startswith(family.PREFIX) for name in folder.shapes)  # saved from the model without its head
     theirs = {(family.PREFIX + name if bare and name != "lm_head.weight" else name): name for name in folder.shapes}
     found = {name: folder.shapes[own] for name, own in theirs.items()}
@@ -106,7 +106,7 @@ def save_folder(
     family, config = family_of_spec(spec)
     dtype = _dtype_of(params)
     table = family.names(spec)
-    shapes = rules.wanted(table, transformer_params(spec))
+    shapes = rules.wanted(table, model_params(spec))
     config |= {"dtype": dtype.name} | _special_ids(tokenizer)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:

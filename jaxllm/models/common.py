@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxllm.architectures import model_params
 from jaxllm.config import (
     GLU,
     GQA,
@@ -30,7 +31,6 @@ from jaxllm.config import (
     Transformer,
 )
 from jaxllm.convert.rules import Alias, Rule, Tensor, applicable
-from jaxllm.transformer import transformer_params
 
 Config = Mapping[str, Any]
 
@@ -197,7 +197,7 @@ def table(
             rules.append(Tensor(prefix + name, paths, layout, (numbers,), sizes))
     if spec.tied and head is not None:
         rules.append(Alias(head, "embed/tokens"))
-    return applicable(rules, transformer_params(spec))
+    return applicable(rules, model_params(spec))
 
 
 def _tuple(path: str | tuple[str, ...]) -> tuple[str, ...]:

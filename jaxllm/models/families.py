@@ -72,11 +72,11 @@ def spec_of_config(config: Mapping[str, Any]) -> Transformer:
 
 
 def family_of_spec(spec: Transformer) -> tuple[Family, dict[str, Any]]:
-    """The first family whose config.json expresses `spec` exactly, and that config.
+    """A family whose config.json expresses `spec` exactly, and that config; of several that of the spec's own name.
 
     Exactly: reading the config gives the spec back. Raises ValueError when none does.
     """
-    for family in FAMILIES.values():
+    for family in sorted(FAMILIES.values(), key=lambda f: spec.name != f.MODEL_TYPE):
         try:
             config = family.to_hf(spec)
             back = family.from_hf(config)

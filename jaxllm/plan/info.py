@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from jax.sharding import PartitionSpec
 
+from jaxllm.architectures import model_params
 from jaxllm.cache import widths, window
 from jaxllm.config import FFN, GLU, MLP, Block, MoE, Transformer
 from jaxllm.experiment import Experiment
 from jaxllm.flops import forward_flops_per_token, matmul_weights, score_width, train_flops_per_token
 from jaxllm.params import count, paths
 from jaxllm.sharding import Layout, storage
-from jaxllm.transformer import transformer_params
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -70,11 +70,11 @@ def info(spec: Transformer, context: int | None = None, dtype: str = "bfloat16")
 def parameters_by_part(spec: Transformer) -> dict[str, int]:
     """Scalar parameters of embedding, attention, ffn, norms, head, and "total"."""
     parts: Counter[str] = Counter()
-    for path, param in paths(transformer_params(spec)):
+    for path, param in paths(model_params(spec)):
         names = path.split("/")
         part = "norms" if any("norm" in name for name in names) else names[3] if names[0] == "stacks" else names[0]
         parts[{"embed": "embedding"}.get(part, part)] += math.prod(param.shape)
-    return dict(parts) | {"total": count(transformer_params(spec))}
+    return dict(parts) | {"total": count(model_params(spec))}
 
 
 def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
@@ -86,7 +86,7 @@ def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     """
     layout = exp.runtime.layout or Layout()
     sizes = layout.sizes(devices)
-    tree = transformer_params(exp.model)
+    tree = model_params(exp.model)
     stored = sum(math.prod(p.shape) // _ways(storage(p, layout, sizes), sizes) for _, p in paths(tree))
     tokens = exp.batch_size * exp.data.context // (sizes["replica"] * sizes["data"] * exp.accumulate)
     width = _BYTES[exp.runtime.compute_dtype]

@@ -22,7 +22,7 @@ from jaxllm.models.presets import PRESETS
 from jaxllm.models.rope import classic, modern
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-NAMES = ["llama_gqa", "llama_mha", "llama31_rope", "llama_rope_linear", "mistral_swa", "qwen2", "gpt2", "gemma2"]
+NAMES = ["llama_gqa", "gpt2"]  # every family: tests/models
 
 
 def config_of(name):
@@ -46,37 +46,6 @@ def copy(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- goldens
-
-
-def test_logits_equal_the_reference(folder):
-    spec, params, tokenizer = load_folder(folder)
-    assert tokenizer is None
-    golden = np.load(folder / "golden.npz")
-    plain = logits(spec, params, golden["input_ids"])
-    np.testing.assert_allclose(plain, golden["logits"], rtol=0, atol=1e-4)
-    mask = golden["padded.attention_mask"]  # row 0 is padded left, row 1 right
-    padded = np.asarray(logits(spec, params, golden["padded.input_ids"], mask))
-    np.testing.assert_allclose(padded[mask == 1], golden["padded.logits"][mask == 1], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("key", ["", "_leftpad"])
-def test_greedy_ids_equal_the_reference(folder, key):
-    spec, params, _ = load_folder(folder)
-    golden = np.load(folder / "golden.npz")
-    prompt = golden[f"gen{key}.input_ids" if key else "input_ids"]
-    mask = golden[f"gen{key}.attention_mask" if key else "attention_mask"]
-    wanted = golden[f"gen{key}.greedy"]
-    start, new = prompt.shape[1], wanted.shape[1]
-    ids, mask = (np.pad(x, ((0, 0), (0, new))) for x in (prompt, mask))
-    for t in range(start, start + new):
-        ids[:, t] = np.argmax(logits(spec, params, ids, mask)[:, t - 1], -1)
-        mask[:, t] = 1
-    np.testing.assert_array_equal(ids[:, start:], wanted)
-
-
-def test_both_config_styles_give_the_same_spec(folder):
-    today, v4 = (json.loads((folder / name).read_text()) for name in ("config.json", "config_v4.json"))
-    assert spec_of_config(today) == spec_of_config(v4)
 
 
 @pytest.mark.parametrize("style", ["classic", "modern"])
