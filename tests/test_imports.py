@@ -10,8 +10,8 @@ import jaxllm
 ROOT = Path(jaxllm.__file__).parent
 ROOMS = [
     "config", "serial", "host", "params", "leaves", "sharding", "runtime", "records", "cache", "kernels", "nn", "rules",
-    "transformer", "architectures", "flops", "models", "experiment", "data", "convert", "objectives", "decode", "train", "model",
-    "plan", "doctor", "cli",
+    "transformer", "flax_model", "architectures", "flops", "models", "experiment", "data", "convert", "objectives",
+    "decode", "train", "model", "plan", "doctor", "cli",
 ]  # fmt: skip
 
 
