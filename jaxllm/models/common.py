@@ -11,8 +11,8 @@ A family is a module with
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxllm.architectures import model_params
@@ -129,6 +129,8 @@ _ACTIVATIONS: dict[str, Activation] = {
     "relu2": "relu2",
     "sigmoid": "sigmoid",
     "tanh": "tanh",
+    "leaky_relu": "leaky_relu",
+    "linear": "identity",
 }
 
 
@@ -141,7 +143,7 @@ def activation_from(name: str, where: str) -> Activation:
 
 def activation_to(act: Activation) -> str:
     """The published name of an activation."""
-    return {"gelu_tanh": "gelu_pytorch_tanh", "gelu_quick": "quick_gelu"}.get(act, act)
+    return {"gelu_tanh": "gelu_pytorch_tanh", "gelu_quick": "quick_gelu", "identity": "linear"}.get(act, act)
 
 
 # ------------------------------------------------------------------------------------------------- layers, tables
@@ -172,6 +174,12 @@ def places(spec: Transformer) -> Iterator[tuple[str, range]]:
         for b in range(len(stack.pattern)):
             yield f"stacks/{s}/{b}/", range(first + b, first + stack.layers, len(stack.pattern))
         first += stack.layers
+
+
+def with_blocks(spec: Transformer, change: Callable[[int, Block], Block], **model: Any) -> Transformer:
+    """The spec with every layer changed (i counts from 0), and fields of the model replaced."""
+    blocks = [change(i, block) for i, block in enumerate(layers_of(spec))]
+    return replace(spec, stacks=stacks_of(blocks), **model)
 
 
 Row = tuple[str, str | tuple[str, ...], str | None]  # their name, our path or paths, layout
@@ -217,6 +225,12 @@ def rope_of(family: str, spec: Transformer, attn: GQA) -> Rope:
     if not isinstance(attn.position, Rope):
         raise foreign(family, spec)
     return attn.position
+
+
+def first_rope(spec: Transformer, default: Rope) -> Rope:
+    """The rotation of the first layer that has one."""
+    ropes = (block.attn.position for block in layers_of(spec))
+    return next((rope for rope in ropes if isinstance(rope, Rope)), default)
 
 
 def foreign(family: str, spec: Transformer) -> ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxllm.config import GLU, GQA, Block, LMHead, Pattern, RMSNorm, Transformer
+from jaxllm.config import GLU, GQA, Block, LMHead, Pattern, RMSNorm, Rope, Transformer
 from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models.common import (
     Config,
@@ -63,10 +63,18 @@ NORMS: tuple[Row, ...] = (
 )
 
 
-def spec_from(c: Config, patterns: list[Pattern], qkv_bias: bool, out_bias: bool, mlp_bias: bool) -> Transformer:
-    """The spec of read fields `c`, with one pattern per layer."""
+def spec_from(
+    c: Config,
+    patterns: list[Pattern],
+    qkv_bias: bool,
+    out_bias: bool,
+    mlp_bias: bool,
+    rope: Rope = Rope(),
+    partial: bool = False,
+) -> Transformer:
+    """The spec of read fields `c`, with one pattern per layer. rope, partial: see `rope_from`."""
     heads, norm = c["num_attention_heads"], RMSNorm(float(c["rms_norm_eps"]))
-    rope = rope_from(c["rope_parameters"], c["max_position_embeddings"])
+    rope = rope_from(c["rope_parameters"], c["max_position_embeddings"], rope, partial)
     kv_heads, width = c["num_key_value_heads"] or heads, c["head_dim"] or c["hidden_size"] // heads
     ffn = GLU(c["intermediate_size"], activation_from(c["hidden_act"], "hidden_act"), mlp_bias)
 
@@ -78,10 +86,10 @@ def spec_from(c: Config, patterns: list[Pattern], qkv_bias: bool, out_bias: bool
     return Transformer(c["vocab_size"], c["hidden_size"], stacks, norm, context, head=LMHead(tied), name=name)
 
 
-def config_of(spec: Transformer, model_type: str, architecture: str) -> dict[str, Any]:
-    """The fields of SHAPE for a spec whose layers differ in their pattern at most."""
+def config_of(spec: Transformer, model_type: str, architecture: str, rope: Rope | None = None) -> dict[str, Any]:
+    """The fields of SHAPE for a spec whose layers differ in their pattern at most. rope: None for the first layer's."""
     (attn, ffn), norm = plain_layer(model_type, spec), spec.norm
-    rope = rope_of(model_type, spec, attn)
+    rope = rope_of(model_type, spec, attn) if rope is None else rope
     if not (isinstance(ffn, GLU) and isinstance(norm, RMSNorm)):
         raise foreign(model_type, spec)
     values = (spec.vocab, spec.dim, ffn.hidden, spec.layers, attn.heads, attn.kv_heads, attn.head_dim)
