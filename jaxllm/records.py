@@ -41,11 +41,13 @@ class Memory:
     hidden_BSM: [B, S, M].  segment_BS: int32, 0 = padding; None: none.  packed: whether queries meet only keys of
     their own segment (several documents per row); otherwise every query of a row sees the whole memory.
     rows: keys and values of every layer, made once (`transformer.memory_rows`); None: made where they are used.
+    key_BSM: what keys are made of when it is not `hidden_BSM` (positions added to keys alone).
     """
 
     hidden_BSM: Float[Array, "B S M"]
     segment_BS: Int[Array, "B S"] | None = None
     rows: Any = None
+    key_BSM: Float[Array, "B S M"] | None = None
     packed: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -58,6 +60,7 @@ class Inputs:
     position_BT: int32 [B, T]; [axes, B, T] for rotations with `sections` (M-RoPE).
     segment_BT: int32 [B, T], 0 = padding; None: one document per row without padding.
     prefix_B: int32 [B] for prefix LMs, else None.
+    window_BT: int32 [B, T], takes the segment's place in layers that are `windowed`.
     type_BT: int32 [B, T], which of two sentences a token is of (BERT); None: the first.
     memory: for models with cross-attention.
     """
@@ -69,6 +72,7 @@ class Inputs:
     segment_BT: Int[Array, "B T"] | None = None
     prefix_B: Int[Array, " B"] | None = None
     type_BT: Int[Array, "B T"] | None = None
+    window_BT: Int[Array, "B T"] | None = None
     memory: Memory | None = None
 
 

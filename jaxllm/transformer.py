@@ -285,7 +285,7 @@ def memory_rows(params: Any, spec: Transformer, memory: Memory, runtime: Runtime
         cross = cfg.cross
 
         def one(p: Any) -> Any:
-            return layer_memory(use(declared, p, runtime.layout, runtime.compute_dtype), cross, memory.hidden_BSM)
+            return layer_memory(use(declared, p, runtime.layout, runtime.compute_dtype), cross, memory)
 
         if isinstance(stack, list):
             made = [one(p["cross"]) for p in stack]

@@ -31,6 +31,17 @@ from jaxllm.config.positions import (
     Sinusoidal,
     Yarn,
 )
+from jaxllm.config.vision import (
+    Adapter,
+    Merger,
+    Patches,
+    Projector,
+    QFormer,
+    Resampler,
+    TwoTower,
+    Vision,
+    VisionLanguage,
+)
 
 __all__ = [
     "FFN",
@@ -74,4 +85,13 @@ __all__ = [
     "Transformer",
     "Yarn",
     "decoder",
+    "Adapter",
+    "Merger",
+    "Patches",
+    "Projector",
+    "QFormer",
+    "Resampler",
+    "TwoTower",
+    "Vision",
+    "VisionLanguage",
 ]

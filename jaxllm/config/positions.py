@@ -83,7 +83,8 @@ class Rope:
     """Rotary position embedding (Su et al. 2021, eq. 34), half-split layout: pairs (i, i + H/2), as HF checkpoints.
 
     `fraction` < 1 rotates only the first part of each head; `interleaved` pairs (2i, 2i + 1) instead. `sections`
-    (M-RoPE, Wang et al. 2024): the pairs in order are shared out among the axes of a position, so many to each.
+    (M-RoPE, Wang et al. 2024): the pairs in order are shared out among the axes of a position, so many to each; with
+    `restart` each axis has frequencies of its own, from the highest on (2-D rotation of vision towers).
     """
 
     theta: float = 10_000.0
@@ -91,6 +92,7 @@ class Rope:
     interleaved: bool = False
     scaling: Scaling | None = None
     sections: tuple[int, ...] | None = None
+    restart: bool = False
 
     def width(self, head_dim: int) -> int:
         """How many of a head's dimensions are rotated."""
@@ -133,11 +135,13 @@ class Learned:
     """A learned vector per position, added to the embedding (GPT-2); p reads row p + offset of length + offset.
 
     by "slot": p is the place in the row, padding counted (BERT), so that padding on the left moves a text.
+    `padding`: the id that is not counted, whatever the attention mask says (RoBERTa); it has position -1.
     """
 
     length: int
     offset: int = 0
     by: Literal["position", "slot"] = "position"
+    padding: int | None = None
 
 
 @dataclass(frozen=True)

@@ -133,17 +133,18 @@ def _pattern(cfg: Attention, given: Given) -> Pattern:
 def _gqa(
     p: Any, cfg: GQA, x_BTD: Float[Array, "B T D"], given: Given, cached: Cached | None
 ) -> tuple[Float[Array, "B T D"], NewRows]:
-    q, k, v = (
-        _clip(cfg, linear(p["q"], x_BTD, "BTD,DNH->BTNH")),
-        _clip(cfg, linear(p["k"], x_BTD, "BTD,DKH->BTKH")),
-        _clip(cfg, linear(p["v"], x_BTD, "BTD,DKH->BTKH")),
-    )
+    q = linear(p["q"], x_BTD, "BTD,DNH->BTNH")
+    k = linear(p["k"], x_BTD, "BTD,DKH->BTKH")
+    v = linear(p["v"], x_BTD, "BTD,DKH->BTKH")
     if cfg.qk_norm is not None:
         q, k = qk_norm(p["q_norm"], cfg.qk_norm, q), qk_norm(p["k_norm"], cfg.qk_norm, k)
+    q, k, v = _clip(cfg, q), _clip(cfg, k), _clip(cfg, v)
     if isinstance(cfg.position, Rope):
         table = given.tables.rotations[cfg.position, cfg.head_dim]
         q, k = rotate(cfg.position, table, q), rotate(cfg.position, table, k)
     scoring = Scoring(_pattern(cfg, given), scale_of(cfg), cfg.softcap, _modifiers(p, cfg, given))
+    if cfg.windowed:
+        given = given._replace(inputs=replace(given.inputs, segment_BT=given.inputs.window_BT))
     o = self_attend(q, k, v, scoring, given, cached)
     o = checkpoint_name(o, "attn_out")
     return linear(p["o"], o, "BTNH,NHD->BTD"), (k.swapaxes(1, 2), v.swapaxes(1, 2))
@@ -220,10 +221,10 @@ def cross_params(cfg: Cross, dim: int, gain: float = 1.0) -> ParamTree:
     return _gqa_params(cfg.attn, dim, cfg.dim, gain)
 
 
-def memory_rows(p: Any, cfg: Cross, hidden_BSM: Float[Array, "B S M"]) -> NewRows:
+def memory_rows(p: Any, cfg: Cross, memory: Memory) -> NewRows:
     """Keys and values of a memory for one layer, [B, K, S, H]: filled once, read at every step."""
-    k = linear(p["k"], hidden_BSM, "BSM,MKH->BSKH")
-    v = linear(p["v"], hidden_BSM, "BSM,MKH->BSKH")
+    k = linear(p["k"], memory.hidden_BSM if memory.key_BSM is None else memory.key_BSM, "BSM,MKH->BSKH")
+    v = linear(p["v"], memory.hidden_BSM, "BSM,MKH->BSKH")
     if cfg.attn.qk_norm is not None:
         k = qk_norm(p["k_norm"], cfg.attn.qk_norm, k)
     return k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -237,7 +238,7 @@ def cross_attention(
     if memory is None:
         raise ValueError("cross-attention: inputs.memory is None; give the encoder's output as a Memory")
     attn = cfg.attn
-    k, v = memory_rows(p, cfg, memory.hidden_BSM) if rows is None else rows
+    k, v = memory_rows(p, cfg, memory) if rows is None else rows
     q = linear(p["q"], x_BTD, "BTD,DNH->BTNH")
     q = q if attn.qk_norm is None else qk_norm(p["q_norm"], attn.qk_norm, q)
     mask = _memory_mask(given.inputs, memory)
@@ -269,8 +270,17 @@ def self_attend(
     if cached is not None:
         return _attend_cached(q, k, v, scoring, given, cached)
     inputs = given.inputs
-    mask = Mask(inputs.slot_BT, inputs.slot_BT, inputs.segment_BT, inputs.segment_BT, inputs.prefix_B)
+    mask = Mask(inputs.slot_BT, inputs.slot_BT, query_segments(given), inputs.segment_BT, inputs.prefix_B)
     return attend(q, k, v, scoring, mask, given.runtime)
+
+
+def query_segments(given: Given) -> Int[Array, "B T"] | None:
+    """Segments of the queries. In an encoder padding asks as if it were of the first document, as in the reference:
+
+    nobody reads its answers but poolers of the first slot.
+    """
+    segment_BT = given.inputs.segment_BT
+    return segment_BT if given.causal or segment_BT is None else jnp.maximum(segment_BT, 1)
 
 
 def attend(

@@ -50,6 +50,8 @@ def frequencies(cfg: Rope, head_dim: int) -> Float[np.ndarray, " h"]:
     Of the scalings that depend on the row's length (`DynamicNTK`, `LongRope`) those of a short row.
     """
     width = cfg.width(head_dim)
+    if cfg.restart:
+        return np.concatenate([_base(cfg.theta, 2 * pairs) for pairs in _sections(cfg)])
     base = _base(cfg.theta, width)
     match cfg.scaling:
         case None | DynamicNTK():
@@ -69,6 +71,12 @@ def frequencies(cfg: Rope, head_dim: int) -> Float[np.ndarray, " h"]:
             return base / _divisors(short, width)
         case other:
             assert_never(other)
+
+
+def _sections(cfg: Rope) -> tuple[int, ...]:
+    if cfg.sections is None or cfg.scaling is not None:
+        raise ValueError(f"Rope: restart=True needs sections and no scaling, found {cfg}")
+    return cfg.sections
 
 
 def _base(theta: float, width: int) -> Float[np.ndarray, " h"]:
