@@ -23,7 +23,8 @@ class MLP:
 class GLU:
     """down(act(gate(x)) * (up(x) + offset)) (Shazeer 2020): SwiGLU with silu, GeGLU with gelu.
 
-    `limit` c: gate(x) is cut to at most c and up(x) to [-c, c] before (GPT-OSS, with offset 1).
+    `limit` c: gate(x) is cut to at most c and up(x) to [-c, c] before (GPT-OSS, with offset 1). `beta` b: act(b x) / b
+    in place of act(x), Swish's own parameter (Ramachandran et al. 2017; GPT-OSS: 1.702).
     """
 
     hidden: int
@@ -31,6 +32,7 @@ class GLU:
     bias: bool = False
     limit: float | None = None
     offset: float = 0.0
+    beta: float = 1.0
 
 
 @dataclass(frozen=True)

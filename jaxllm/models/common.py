@@ -69,12 +69,14 @@ class Fields:
     """How a family reads its config.json.
 
     read: field -> its value when absent, as the reference's config class has it; the value's type is the field's.
-    nullable: those of `read` that may be null.  only: field -> the values under which this math holds.
+    nullable: those of `read` that may be null.  zero: those that may be 0, where other whole numbers are at least 1.
+    only: field -> the values under which this math holds.
     ignored: further fields that cannot change a logit.
     """
 
     read: Mapping[str, Any]
     nullable: frozenset[str] = frozenset()
+    zero: frozenset[str] = frozenset()
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
 
@@ -97,19 +99,19 @@ def read_fields(config: Config, fields: Fields) -> dict[str, Any]:
                 f"config.json of {family}: field {name!r} (value {value!r}) is not known, so it might change the math; "
                 "remove it if it does not, or add it to the family's Fields"
             )
-    read = {name: _typed(config, name, default, name in fields.nullable) for name, default in fields.read.items()}
+    read = {name: _typed(config, name, default, fields) for name, default in fields.read.items()}
     return read | {"model_type": family}
 
 
-def _typed(config: Config, name: str, default: Any, nullable: bool) -> Any:
-    value = config.get(name, default)
-    if default is None or (value is None and nullable):
+def _typed(config: Config, name: str, default: Any, fields: Fields) -> Any:
+    value, least = config.get(name, default), 0 if name in fields.zero else 1
+    if default is None or (value is None and name in fields.nullable):
         return value
     number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
     if not number and type(value) is not type(default):
         raise ValueError(f"config.json: {name} must be {type(default).__name__}, found {value!r}; correct the file")
-    if type(value) is int and type(default) is int and value < 1:
-        raise ValueError(f"config.json: {name} must be at least 1, found {value}; correct the file")
+    if type(value) is int and type(default) is int and value < least:
+        raise ValueError(f"config.json: {name} must be at least {least}, found {value}; correct the file")
     return value
 
 
@@ -195,17 +197,24 @@ def table(
 ) -> list[Rule]:
     """A name table: `top` rows once, `block` rows (named under `prefix`, with {} for the layer) at every place.
 
-    Rows whose parameters this spec does not have are left out.  head: the name of a second copy of a tied embedding.
+    A {} in a row's own name counts the experts of the place.  Rows whose parameters this spec does not have are left
+    out.  head: the name of a second copy of a tied embedding.
     sizes: letters of the layouts that shapes do not bind.
     """
     rules: list[Rule] = [Tensor(name, _tuple(path), layout, (), sizes) for name, path, layout in top]
     for at, numbers in places(spec):
         for name, path, layout in block:
             paths = tuple(at + p for p in _tuple(path))
-            rules.append(Tensor(prefix + name, paths, layout, (numbers,), sizes))
+            each = (numbers, range(_experts(spec, numbers[0]))) if "{}" in name else (numbers,)
+            rules.append(Tensor(prefix + name, paths, layout, each, sizes))
     if spec.tied and head is not None:
         rules.append(Alias(head, "embed/tokens"))
     return applicable(rules, model_params(spec))
+
+
+def _experts(spec: Transformer, layer: int) -> int:
+    ffn = layers_of(spec)[layer].ffn
+    return ffn.experts if isinstance(ffn, MoE) else 0
 
 
 def _tuple(path: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -61,11 +61,12 @@ def activate(cfg: MLP | GLU, up: Float[Array, "... F"], gate: Float[Array, "... 
     match cfg:
         case MLP():
             return act(up)
-        case GLU(limit=limit, offset=offset):
+        case GLU(limit=limit, offset=offset, beta=beta):
             assert gate is not None, "activate: a GLU has a gate"
             gate = gate if limit is None else jnp.minimum(gate, limit)
             up = up if limit is None else jnp.clip(up, -limit, limit)
-            return act(gate) * (up + offset if offset else up)
+            gate = act(gate) if beta == 1.0 else act(gate * beta) / beta
+            return gate * (up + offset if offset else up)
         case other:
             assert_never(other)
 
