@@ -28,8 +28,8 @@ class GQA:
 
     scores = (q · k) * scale, scale = head_dim**-0.5 when None; with `softcap` c: c * tanh(scores / c) (Gemma 2).
     `sinks`: a learned logit per head joins the softmax without a value (GPT-OSS). `clip` c: q, k and v are cut to
-    [-c, c] after their projection and norm (MPT, OLMoE). `windowed`: tokens meet within their window (`inputs.window_BT`), not
-    within their segment (Qwen2.5-VL's tower).
+    [-c, c] after their projection and norm (MPT, OLMoE). `windowed`: tokens meet within their window
+    (`inputs.window_BT`), not within their segment (Qwen2.5-VL's tower).
     """
 
     heads: int
