@@ -45,7 +45,8 @@ def attention(
 
     backend: "reference" holds [T, S]; "chunked" is plain JAX in O(T + S) memory; "tpu" and "gpu" are Pallas kernels, in
     O(T + S) memory too. With slots given as arrays (cached decoding) a kernel's place is taken by plain JAX, as it is
-    with at most 16 queries. interpret: run a kernel step by step on any device, for tests.
+    with at most 16 queries, with learned biases, with rounded slopes, and on GPUs with any modifier.
+    interpret: run a kernel step by step on any device, for tests.
 
     Raises ValueError when shapes do not fit together, or when "reference" is asked to hold [T, S] above 1,024.
     """
@@ -57,7 +58,7 @@ def attention(
         case "chunked":
             return chunked(*args, modifiers, scale=scale, softcap=softcap)
         case "tpu":
-            return flash_tpu(*args, scale=scale, softcap=softcap, interpret=interpret)
+            return flash_tpu(*args, modifiers, scale=scale, softcap=softcap, interpret=interpret)
         case "gpu":
             return flash_gpu(*args, scale=scale, softcap=softcap, interpret=interpret)
         case other:
@@ -81,8 +82,11 @@ def _choose(
             f'attention: backend="reference" would hold [T, S] = [{T}, {S}] scores, above {LARGEST_MATERIALISED}; '
             'use "chunked", "tpu" or "gpu"'
         )
-    slots = mask.q_slot_BT is not None or mask.k_slot_BS is not None
-    if backend in ("tpu", "gpu") and (slots or not modifiers.plain or k != v):
+    m, slots = modifiers, mask.q_slot_BT is not None or mask.k_slot_BS is not None
+    rounded = m.alibi is not None and m.alibi.rounded
+    if backend == "tpu" and (slots or m.table_RN is not None or rounded):
+        return "chunked"
+    if backend == "gpu" and (slots or not m.plain or k != v):
         return "chunked"
     return backend
 

@@ -32,6 +32,7 @@ class Call(NamedTuple):
     block_k: int
     arrays: Arrays
     interpret: bool
+    alibi: bool = False
 
     @property
     def fold(self) -> float:
@@ -44,11 +45,14 @@ class Call(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """q: [B * N, T, H].  k, v: [B * K, S, H].  Segments: int32 [B, 1, T], [B, 1, S], or None. Lengths are padded."""
+    """q: [B * N, T, H].  k: [B * K, S, H].  v: [B * K, S, h].  Segments: int32 [B, 1, T], [B, 1, S], or None.
+
+    Lengths are padded to whole blocks.
+    """
 
     q: Float[Array, "BN T H"]
     k: Float[Array, "BK S H"]
-    v: Float[Array, "BK S H"]
+    v: Float[Array, "BK S h"]
     q_segment: Int[Array, "B 1 T"] | None
     k_segment: Int[Array, "B 1 S"] | None
 
@@ -83,7 +87,7 @@ def _row(segment_BT: Int[Array, "B T"] | None, block: int) -> Int[Array, "B 1 t"
     return jnp.pad(segment_BT.astype(jnp.int32), ((0, 0), (0, -segment_BT.shape[1] % block)))[:, None]
 
 
-def result(call: Call, o: Float[Array, "BN t H"]) -> Float[Array, "B T N H"]:
+def result(call: Call, o: Float[Array, "BN t h"]) -> Float[Array, "B T N h"]:
     """Back from heads first."""
     return o[:, : call.T].reshape(-1, call.N, call.T, o.shape[-1]).transpose(0, 2, 1, 3)
 

@@ -27,9 +27,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from jaxllm import config
-from jaxllm.kernels.call import Call, Operands, arrays_of, codes, dot, may_meet, operands, result, scores
+from jaxllm.kernels.call import LOG2_E, Call, Operands, arrays_of, dot, may_meet, operands, result, scores
+from jaxllm.kernels.modifiers import NONE, Modifiers
 from jaxllm.kernels.reference import MASKED
 from jaxllm.kernels.schedule import Schedule, Variant, schedule
+from jaxllm.kernels.tpu_blocks import SCALARS, Fixed, Guide, flat, make_guide, make_layout, present, unpack
 from jaxllm.kernels.tpu_sizes import Sizes, Tile, sizes
 from jaxllm.records import Mask
 
@@ -40,132 +42,51 @@ COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # a^T b
 def flash_tpu(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K h"],
     pattern: config.Pattern,
     mask: Mask,
+    modifiers: Modifiers = NONE,
     *,
     scale: float,
     softcap: float | None = None,
     cut: Sizes | None = None,
     interpret: bool = False,
-) -> Float[Array, "B T N H"]:
-    """Attention on one TPU device, differentiable in q, k, v. Slots must be implied: `mask` has no slot arrays.
+) -> Float[Array, "B T N h"]:
+    """Attention on one TPU device, differentiable in q, k, v and sinks; `mask` must have no slot arrays.
 
-    cut: block and tile sizes, None for those of the chip in the context. Raises ValueError for slot arrays.
+    modifiers: an `Alibi` that does not round, and sinks.  cut: block and tile sizes, None for those of the chip in the
+    context. Raises ValueError for slot arrays and for other modifiers.
     """
-    arrays, (T, N, H), (S, K) = arrays_of(mask), q_BTNH.shape[1:], k_BSKH.shape[1:3]
+    arrays, (T, N, H), (S, K), m = arrays_of(mask), q_BTNH.shape[1:], k_BSKH.shape[1:3], modifiers
+    if m.table_RN is not None or (m.alibi is not None and m.alibi.rounded):
+        raise ValueError(f'flash_tpu: no learned biases, no rounded slopes, got {m.relative or m.alibi}; use "chunked"')
     cut = sizes(T, S, H, q_BTNH.dtype) if cut is None else cut
-    call = Call(pattern, scale, softcap, N, K, T, S, cut.block_q, cut.block_k, arrays, interpret)
-    return result(call, _attend(call, cut, operands(call, q_BTNH, k_BSKH, v_BSKH, mask), mask.prefix_B))
-
-
-# ------------------------------------------------------------------------------------------------ what a call visits
-
-
-class Guide(NamedTuple):
-    """Scalars that steer a kernel. query [n]; fetch, code [n] or [B * n]; prefix [B] or [1]. int32, flat."""
-
-    query: Any
-    fetch: Any
-    code: Any
-    prefix: Any
-
-
-def _guide(call: Call, plan: Schedule, tile: Tile, x: Operands, prefix: Array | None) -> Guide:
-    code, fetch = codes(call, plan, call.shape(tile.q, tile.k), x, prefix)
-    prefix = jnp.zeros(1, jnp.int32) if prefix is None else prefix.astype(jnp.int32)
-    return Guide(jnp.asarray(plan.visits.q), fetch.ravel(), code.ravel(), prefix)
-
-
-class Layout(NamedTuple):
-    """Block specs of what a kernel reads and writes."""
-
-    q: pl.BlockSpec
-    k: pl.BlockSpec
-    statistic: pl.BlockSpec
-    q_segment: pl.BlockSpec
-    k_segment: pl.BlockSpec
-
-
-def _flat(call: Call, visits: int, head: Any, visit: Any) -> Any:
-    """Where the fetch and the code of a visit stand."""
-    return head // call.N * visits + visit if any(call.arrays) else visit
-
-
-def _layout(call: Call, H: int, visits: int, place: Callable[..., tuple[Any, Any]]) -> Layout:
-    """place: grid indices -> (query head in B * N, visit). Index maps get the grid's indices, then the guide."""
-    bq, bk, G = call.block_q, call.block_k, call.N // call.K
-
-    def query(grid: tuple[Any, ...]) -> tuple[Any, Any]:
-        head, visit = place(*grid[:-4])
-        return head, Guide(*grid[-4:]).query[visit]
-
-    def key(grid: tuple[Any, ...]) -> tuple[Any, Any]:
-        head, visit = place(*grid[:-4])
-        return head, Guide(*grid[-4:]).fetch[_flat(call, visits, head, visit)]
-
-    def q_like(*grid: Any) -> tuple[Any, ...]:
-        head, i = query(grid)
-        return head, i, 0
-
-    def k_like(*grid: Any) -> tuple[Any, ...]:
-        head, j = key(grid)
-        return head // G, j, 0
-
-    def statistic(*grid: Any) -> tuple[Any, ...]:
-        head, i = query(grid)
-        return head, 0, i
-
-    def q_segment(*grid: Any) -> tuple[Any, ...]:
-        head, i = query(grid)
-        return head // call.N, 0, i
-
-    def k_segment(*grid: Any) -> tuple[Any, ...]:
-        head, j = key(grid)
-        return head // call.N, 0, j
-
-    return Layout(
-        pl.BlockSpec((None, bq, H), q_like),
-        pl.BlockSpec((None, bk, H), k_like),
-        pl.BlockSpec((None, 1, bq), statistic),
-        pl.BlockSpec((None, 1, bq), q_segment),
-        pl.BlockSpec((None, 1, bk), k_segment),
-    )
-
-
-def _inputs(call: Call, layout: Layout, x: Operands) -> tuple[list[pl.BlockSpec], list[Array]]:
-    """Specs and arrays of the operands that are there."""
-    specs = (layout.q, layout.k, layout.k, layout.q_segment, layout.k_segment)  # in the order of Operands
-    there = [(spec, array) for spec, array in zip(specs, x, strict=True) if array is not None]
-    return [spec for spec, _ in there], [array for _, array in there]
-
-
-def _unpack(call: Call, refs: tuple[Any, ...]) -> tuple[Guide, Operands, list[Any]]:
-    """A kernel's references: the guide, the operands, the rest."""
-    guide, rest = Guide(*refs[:4]), list(refs[4:])
-    q, k, v = rest.pop(0), rest.pop(0), rest.pop(0)
-    q_segment = rest.pop(0) if call.arrays.q_segment else None
-    k_segment = rest.pop(0) if call.arrays.k_segment else None
-    return guide, Operands(q, k, v, q_segment, k_segment), rest
+    alibi = m.slopes_N is not None and m.alibi is not None
+    call = Call(pattern, scale, softcap, N, K, T, S, cut.block_q, cut.block_k, arrays, interpret, alibi)
+    slopes = m.slopes_N * (m.alibi.scale * LOG2_E) if alibi else None  # type: ignore[operator, union-attr]
+    fixed = Fixed(mask.prefix_B, slopes)
+    return result(call, _attend(call, cut, operands(call, q_BTNH, k_BSKH, v_BSKH, mask), fixed, m.sinks_N))
 
 
 # ------------------------------------------------------------------------------------------------------ inside a block
 
 
 class Step(NamedTuple):
-    """One grid step: its code, the indices of its blocks, the prefix of its row, and key segments as a column."""
+    """One grid step: its code, its blocks, its row's prefix, its head's slope, and key segments as a column."""
 
     code: Any
     query: Any
     key: Any
     prefix: Any
+    slope: Any
     column: Any
 
 
 def _step(call: Call, guide: Guide, visits: int, head: Any, visit: Any, column: Any) -> Step:
-    flat = _flat(call, visits, head, visit)
+    at = flat(call, visits, head, visit)
     prefix = guide.prefix[head // call.N] if call.arrays.prefix else None
-    return Step(guide.code[flat], guide.query[visit], guide.fetch[flat], prefix, column)
+    slope = guide.slope[head % call.N] if call.alibi else None
+    return Step(guide.code[at], guide.query[visit], guide.fetch[at], prefix, slope, column)
 
 
 def _compute(
@@ -183,6 +104,16 @@ def _compute(
 
     for number, variant in enumerate(plan.variants, 1):
         pl.when(step.code >> 2 == number)(partial(body, variant))
+
+
+def _lean(call: Call, step: Step, tile: Tile, place: tuple[int, int], s: Array) -> Array:
+    """Scores [keys, queries] of the tile at `place`, with slope * (key - query) added where there are slopes."""
+    if not call.alibi:
+        return s
+    a, b = place
+    first = (step.key * call.block_k + b * tile.k) - (step.query * call.block_q + a * tile.q)
+    distance = lax.broadcasted_iota(jnp.int32, s.shape, 0) - lax.broadcasted_iota(jnp.int32, s.shape, 1)
+    return s + step.slope * (distance + first).astype(jnp.float32)
 
 
 def _hide(call: Call, step: Step, q_segment: Any, tile: Tile, place: tuple[int, int], s: Array) -> Array:
@@ -204,7 +135,7 @@ def _hide(call: Call, step: Step, q_segment: Any, tile: Tile, place: tuple[int, 
 
 def _forward_kernel(call: Call, cut: Sizes, plan: Schedule, *refs: Any) -> None:
     """Grid (B * N, visits)."""
-    guide, x, (o_ref, lse_ref, q_folded, top, total, sums, column) = _unpack(call, refs)
+    guide, x, (o_ref, lse_ref, q_folded, top, total, sums, column) = unpack(call, refs)
     tile = cut.forward
     step = _step(call, guide, len(plan.visits.q), pl.program_id(0), pl.program_id(1), column)
 
@@ -217,7 +148,7 @@ def _forward_kernel(call: Call, cut: Sizes, plan: Schedule, *refs: Any) -> None:
 
     def score(a: int, b: int, masked: bool) -> tuple[Array]:
         raw = dot(x.k[pl.ds(b * tile.k, tile.k), :], q_folded[pl.ds(a * tile.q, tile.q), :], ROWS_BY_ROWS)
-        s, _ = scores(call, raw)
+        s = _lean(call, step, tile, (a, b), scores(call, raw)[0])
         return (_hide(call, step, x.q_segment, tile, (a, b), s) if masked else s,)
 
     def absorb(a: int, b: int, s: Array) -> None:
@@ -247,34 +178,48 @@ def _params(cut: Sizes, *semantics: Any) -> Any:
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=cut.vmem)
 
 
-def _forward(call: Call, cut: Sizes, x: Operands, prefix: Array | None) -> tuple[Array, tuple[Any, ...]]:
+def _forward(
+    call: Call, cut: Sizes, x: Operands, fixed: Fixed, sinks: Array | None
+) -> tuple[Float[Array, "BN T h"], tuple[Any, ...]]:
     plan = schedule(call.pattern, call.shape(cut.forward.q, cut.forward.k), call.arrays)
-    guide = _guide(call, plan, cut.forward, x, prefix)
-    (heads, T, H), bq, visits = x.q.shape, call.block_q, len(plan.visits.q)
-    layout = _layout(call, H, visits, lambda head, visit: (head, visit))
-    specs, arrays = _inputs(call, layout, x)
+    guide = make_guide(call, plan, cut.forward, x, fixed)
+    (heads, T, H), h, bq, visits = x.q.shape, x.v.shape[2], call.block_q, len(plan.visits.q)
+    layout = make_layout(call, x, visits, lambda head, visit: (head, visit))
+    specs, arrays = present(layout, x)
     scratch = [
         pltpu.VMEM((bq, H), x.q.dtype),
         pltpu.VMEM((1, bq), jnp.float32),
         pltpu.VMEM((1, bq), jnp.float32),
-        pltpu.VMEM((H, bq), jnp.float32),
+        pltpu.VMEM((h, bq), jnp.float32),
         _column(call),
     ]
     o, lse = pl.pallas_call(
         partial(_forward_kernel, call, cut, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=SCALARS,
             grid=(heads, visits),
             in_specs=specs,
-            out_specs=[layout.q, layout.statistic],
+            out_specs=[layout.o, layout.statistic],
             scratch_shapes=scratch,
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.q.shape, x.q.dtype), jax.ShapeDtypeStruct((heads, 1, T), jnp.float32)],
+        out_shape=[
+            jax.ShapeDtypeStruct((heads, T, h), x.q.dtype),
+            jax.ShapeDtypeStruct((heads, 1, T), jnp.float32),
+        ],
         compiler_params=_params(cut, "parallel", "arbitrary"),
         interpret=call.interpret,
         name="flash_forward",
     )(*guide, *arrays)
-    return o, (x, prefix, o, lse)
+    if sinks is not None:  # one more key of score `sinks` and value 0
+        with_sinks = jnp.logaddexp2(lse, _per_row(call, sinks, lse))
+        o = (o * jnp.exp2(lse - with_sinks).swapaxes(1, 2)).astype(o.dtype)
+        lse = with_sinks
+    return o, (x, fixed, sinks, o, lse)
+
+
+def _per_row(call: Call, sinks: Float[Array, " N"], lse: Float[Array, "BN 1 T"]) -> Float[Array, "BN 1 1"]:
+    """The sinks in powers of two, one per query head of the batch."""
+    return jnp.tile(sinks.astype(jnp.float32) * LOG2_E, lse.shape[0] // call.N)[:, None, None]
 
 
 # ------------------------------------------------------------------------------------------------------------ backward
@@ -282,7 +227,7 @@ def _forward(call: Call, cut: Sizes, x: Operands, prefix: Array | None) -> tuple
 
 def _backward_kernel(call: Call, cut: Sizes, plan: Schedule, first_key: int, more: bool, *refs: Any) -> None:
     """Grid (B * K, G, visits). more: the gradient of q continues that of another span of keys."""
-    guide, x, rest = _unpack(call, refs)
+    guide, x, rest = unpack(call, refs)
     do_ref, o_ref, lse_ref, *rest = rest
     so_far, rest = (rest[0], rest[1:]) if more else (None, rest)
     dq_ref, dk_ref, dv_ref, q_folded, delta, dq, dk, dv, column = rest
@@ -304,6 +249,7 @@ def _backward_kernel(call: Call, cut: Sizes, plan: Schedule, first_key: int, mor
     def score(a: int, b: int, masked: bool) -> tuple[Any, ...]:
         at, keys = pl.ds(a * tile.q, tile.q), pl.ds(b * tile.k, tile.k)
         s, t = scores(call, dot(x.k[keys, :], q_folded[at, :], ROWS_BY_ROWS))
+        s = _lean(call, step, tile, (a, b), s)
         dp = dot(x.v[keys, :], do_ref[at, :], ROWS_BY_ROWS)
         return _hide(call, step, x.q_segment, tile, (a, b), s) if masked else s, dp, t
 
@@ -341,41 +287,43 @@ class Span(NamedTuple):
 
 def _span(call: Call, cut: Sizes, saved: tuple[Any, ...], do: Array, keys: Span, so_far: Array | None) -> Any:
     """(dq, dk, dv) of a span of keys; dq continues `so_far`."""
-    x, prefix, o, lse = saved
+    x, fixed, _, o, lse = saved
     bk, bq, G = call.block_k, call.block_q, call.N // call.K
     plan = schedule(call.pattern, call.shape(cut.backward.q, cut.backward.k), call.arrays, keys[:2])
-    guide = _guide(call, plan, cut.backward, x, prefix)
-    H, kv_heads, visits, span = x.q.shape[2], x.k.shape[0], len(plan.visits.q), (keys.stop - keys.start) * bk
-    layout = _layout(call, H, visits, lambda kv_head, g, visit: (kv_head * G + g, visit))
-    specs, arrays = _inputs(call, layout, x)
-    whole = pl.BlockSpec((None, span, H), lambda kv_head, *_: (kv_head, 0, 0))
-    whole_shape = jax.ShapeDtypeStruct((kv_heads, span, H), x.k.dtype)
+    guide = make_guide(call, plan, cut.backward, x, fixed)
+    (kv_heads, _, h), H, visits, span = x.v.shape, x.q.shape[2], len(plan.visits.q), (keys.stop - keys.start) * bk
+    layout = make_layout(call, x, visits, lambda kv_head, g, visit: (kv_head * G + g, visit))
+    specs, arrays = present(layout, x)
+    dk, dv = (pl.BlockSpec((None, span, width), lambda kv_head, *_: (kv_head, 0, 0)) for width in (H, h))
+    dk_shape, dv_shape = (jax.ShapeDtypeStruct((kv_heads, span, width), x.k.dtype) for width in (H, h))
     more = [] if so_far is None else [so_far]
     scratch = [
         pltpu.VMEM((bq, H), x.q.dtype),
         pltpu.VMEM((1, bq), jnp.float32),
         pltpu.VMEM((H, bq), jnp.float32),
         pltpu.VMEM((span, H), jnp.float32),
-        pltpu.VMEM((span, H), jnp.float32),
+        pltpu.VMEM((span, h), jnp.float32),
         _column(call),
     ]
     return pl.pallas_call(
         partial(_backward_kernel, call, cut, plan, keys.start, bool(more)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=SCALARS,
             grid=(kv_heads, G, visits),
-            in_specs=[*specs, layout.q, layout.q, layout.statistic, *[layout.q] * len(more)],
-            out_specs=[layout.q, whole, whole],
+            in_specs=[*specs, layout.o, layout.o, layout.statistic, *[layout.q] * len(more)],
+            out_specs=[layout.q, dk, dv],
             scratch_shapes=scratch,
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.q.shape, x.q.dtype if keys.last else jnp.float32), whole_shape, whole_shape],
+        out_shape=[jax.ShapeDtypeStruct(x.q.shape, x.q.dtype if keys.last else jnp.float32), dk_shape, dv_shape],
         compiler_params=_params(cut, "parallel", "arbitrary", "arbitrary"),
         interpret=call.interpret,
         name="flash_backward",
     )(*guide, *arrays, do, o, lse, *more)
 
 
-def _backward(call: Call, cut: Sizes, saved: tuple[Any, ...], do: Array) -> tuple[Operands, None]:
+def _backward(
+    call: Call, cut: Sizes, saved: tuple[Any, ...], do: Float[Array, "BN T h"]
+) -> tuple[Operands, None, Array | None]:
     blocks, step = saved[0].k.shape[1] // call.block_k, cut.span // call.block_k
     dq: Any = None
     dks, dvs = [], []
@@ -384,12 +332,22 @@ def _backward(call: Call, cut: Sizes, saved: tuple[Any, ...], do: Array) -> tupl
         dq, dk, dv = _span(call, cut, saved, do, keys, dq)
         dks.append(dk)
         dvs.append(dv)
-    return Operands(dq, jnp.concatenate(dks, 1), jnp.concatenate(dvs, 1), None, None), None
+    return Operands(dq, jnp.concatenate(dks, 1), jnp.concatenate(dvs, 1), None, None), None, _dsinks(call, saved, do)
+
+
+def _dsinks(call: Call, saved: tuple[Any, ...], do: Float[Array, "BN T h"]) -> Float[Array, " N"] | None:
+    """Of each sink: minus the sum over queries of its weight times delta."""
+    _, _, sinks, o, lse = saved
+    if sinks is None:
+        return None
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1)
+    weight = jnp.exp2(_per_row(call, sinks, lse) - lse)[:, 0]
+    return -(weight * delta).sum(1).reshape(-1, call.N).sum(0).astype(sinks.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(call: Call, cut: Sizes, x: Operands, prefix: Array | None) -> Float[Array, "BN T H"]:
-    return _forward(call, cut, x, prefix)[0]
+def _attend(call: Call, cut: Sizes, x: Operands, fixed: Fixed, sinks: Array | None) -> Float[Array, "BN T h"]:
+    return _forward(call, cut, x, fixed, sinks)[0]
 
 
 _attend.defvjp(_forward, _backward)
