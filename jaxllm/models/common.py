@@ -266,6 +266,11 @@ def layer_patterns(types: Sequence[str] | None, window: int | None, default: Seq
     return [known[name] for name in types]
 
 
+def every(period: int, layers: int) -> list[str]:
+    """layer_types with a full layer after every `period` - 1 windowed ones."""
+    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
+
+
 def window_fields(patterns: Sequence[Pattern]) -> dict[str, Any]:
     """`sliding_window` and `layer_types` of layers that are full or share a window; inverse of `layer_patterns`."""
     windows = {pattern.window for pattern in patterns if isinstance(pattern, Local)}

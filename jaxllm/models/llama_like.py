@@ -57,6 +57,10 @@ GATED: tuple[Row, ...] = (
     ("mlp.up_proj.bias", "ffn/up/bias", None),
     ("mlp.down_proj.bias", "ffn/down/bias", None),
 )
+FUSED_GATED: tuple[Row, ...] = (
+    ("mlp.gate_up_proj.weight", ("ffn/gate/kernel", "ffn/up/kernel"), "X D -> D X"),
+    ("mlp.down_proj.weight", "ffn/down/kernel", "D F -> F D"),
+)
 NORMS: tuple[Row, ...] = (
     ("input_layernorm.weight", "attn_norm/scale", None),
     ("post_attention_layernorm.weight", "ffn_norm/scale", None),
@@ -97,7 +101,12 @@ def config_of(spec: Transformer, model_type: str, architecture: str, rope: Rope 
     return {"model_type": model_type, "architectures": [architecture]} | dict(zip(SHAPE, values, strict=True))
 
 
-def names_with(spec: Transformer, norms: tuple[Row, ...]) -> list[Rule]:
-    """The table of a family whose layers have these norms; old files also hold frequency tables."""
-    rules = table(spec, TOP, "model.layers.{}.", ATTENTION + GATED + norms, head="lm_head.weight")
+def names_with(
+    spec: Transformer,
+    rows: tuple[Row, ...],
+    sizes: tuple[tuple[str, int], ...] = (),
+    ffn: tuple[Row, ...] = GATED,
+) -> list[Rule]:
+    """The table of a family with these rows (norms ...) in its layers; old files also hold frequency tables."""
+    rules = table(spec, TOP, "model.layers.{}.", ATTENTION + ffn + rows, head="lm_head.weight", sizes=sizes)
     return [*rules, Unused("*.rotary_emb.inv_freq")]
