@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from jaxllm.config import Transformer
+from typing import assert_never
+
+from jaxllm.config import Transformer, TwoTower, VisionLanguage
 from jaxllm.params import ParamTree
 from jaxllm.transformer import transformer_params
+from jaxllm.two_tower import two_tower_params
+from jaxllm.vision_language import vision_language_params
 
-Spec = Transformer
+Spec = Transformer | TwoTower | VisionLanguage
 
 
 def model_params(spec: Spec) -> ParamTree:
     """The declared parameters of a whole model."""
-    return transformer_params(spec)
+    match spec:
+        case Transformer():
+            return transformer_params(spec)
+        case TwoTower():
+            return two_tower_params(spec)
+        case VisionLanguage():
+            return vision_language_params(spec)
+        case other:
+            assert_never(other)

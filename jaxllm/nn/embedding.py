@@ -37,7 +37,7 @@ def embed_params(spec: Transformer) -> ParamTree:
 
 
 def embed(params: Any, spec: Transformer, inputs: Inputs, runtime: Runtime) -> Float[Array, "B T D"]:
-    """Token embeddings times `scale` (or `inputs.embeds_BTD`, taken as they are), plus positions and types, normalised.
+    """Token vectors (or `inputs.embeds_BTD`, taken as they are), plus positions and types, normalised.
 
     Ids outside the vocabulary, and positions outside a learned table, give NaN.
     """
@@ -47,15 +47,12 @@ def embed(params: Any, spec: Transformer, inputs: Inputs, runtime: Runtime) -> F
     def rows(name: str, ids: Array) -> Array:
         return lookup(declared[name], p[name], ids, runtime.layout, dtype)
 
-    if inputs.embeds_BTD is None:
-        if inputs.tokens_BT is None:
-            raise ValueError("forward: inputs need tokens_BT or embeds_BTD, both are None")
-        x = rows("tokens", inputs.tokens_BT)
-        x = x if cfg.scale is None else x * jnp.asarray(cfg.scale, dtype)
-        if cfg.dim is not None:
-            x = linear(p["projection"], x, "BTd,dD->BTD")
-    else:
+    if inputs.embeds_BTD is not None:
         x = inputs.embeds_BTD.astype(dtype)
+    elif inputs.tokens_BT is not None:
+        x = token_vectors(params, spec, inputs.tokens_BT, runtime)
+    else:
+        raise ValueError("forward: inputs need tokens_BT or embeds_BTD, both are None")
     match cfg.position:
         case Learned(offset=offset):
             x = x + rows("positions", places(cfg.position, inputs) + offset)
@@ -69,6 +66,16 @@ def embed(params: Any, spec: Transformer, inputs: Inputs, runtime: Runtime) -> F
         x = x + (rows("types", jnp.zeros(x.shape[:2], jnp.int32) if types is None else types))
     x = x if cfg.norm is None else norm(p["norm"], cfg.norm, x)
     return constrain(x, ("batch", None, None), runtime.layout)
+
+
+def token_vectors(
+    params: Any, spec: Transformer, tokens_BT: Int[Array, "B T"], runtime: Runtime
+) -> Float[Array, "B T D"]:
+    """Embeddings of ids times `scale`, at the model's width; nothing about places yet. NaN outside the vocabulary."""
+    cfg, dtype, p = spec.embed, jnp.dtype(runtime.compute_dtype), params["embed"]
+    x = lookup(embed_params(spec)["tokens"], p["tokens"], tokens_BT, runtime.layout, dtype)
+    x = x if cfg.scale is None else x * jnp.asarray(cfg.scale, dtype)
+    return x if cfg.dim is None else linear(p["projection"], x, "BTd,dD->BTD")
 
 
 def places(cfg: Learned, inputs: Inputs) -> Int[Array, "B T"]:
