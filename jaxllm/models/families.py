@@ -8,7 +8,20 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxllm.config import Transformer
 from jaxllm.convert.rules import Rule
-from jaxllm.models import gemma2, gpt2, llama, mistral, qwen2
+from jaxllm.models import (
+    gemma2,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    olmo,
+    olmo2,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from jaxllm.models.common import layers_of, stacks_of
 from jaxllm.models.rope import modern
 
@@ -45,7 +58,20 @@ class Family(Protocol):
         ...
 
 
-_MODULES: tuple[Family, ...] = (llama, mistral, qwen2, gpt2, gemma2)
+_MODULES: tuple[Family, ...] = (
+    llama,
+    mistral,
+    qwen2,
+    gpt2,
+    gemma2,
+    qwen3,
+    qwen3_moe,
+    qwen2_moe,
+    mixtral,
+    olmo,
+    olmo2,
+    olmoe,
+)
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _MODULES}
 
 

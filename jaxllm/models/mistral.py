@@ -25,19 +25,26 @@ FIELDS = Fields(
 )
 
 
+def window_from(c: Config) -> Pattern:
+    """What all layers see; null means everything."""
+    return Full() if c["sliding_window"] is None else Local(c["sliding_window"])
+
+
+def window_to(spec: Transformer) -> dict[str, Any]:
+    """The inverse of `window_from`."""
+    pattern = layers_of(spec)[0].attn.pattern
+    return {"sliding_window": pattern.window if isinstance(pattern, Local) else None}
+
+
 def from_hf(config: Config) -> Transformer:
-    """The window is 4,096 unless the config says otherwise, as in the reference; null means none."""
+    """The window is 4,096 unless the config says otherwise, as in the reference."""
     c = read_fields(config, FIELDS)
-    window = c["sliding_window"]
-    pattern: Pattern = Full() if window is None else Local(window)
-    return spec_from(c, [pattern] * c["num_hidden_layers"], False, False, False)
+    return spec_from(c, [window_from(c)] * c["num_hidden_layers"], False, False, False)
 
 
 def to_hf(spec: Transformer) -> dict[str, Any]:
     """The inverse of `from_hf`."""
-    pattern = layers_of(spec)[0].attn.pattern
-    window = pattern.window if isinstance(pattern, Local) else None
-    return config_of(spec, MODEL_TYPE, ARCHITECTURES[0]) | {"sliding_window": window}
+    return config_of(spec, MODEL_TYPE, ARCHITECTURES[0]) | window_to(spec)
 
 
 def names(spec: Transformer) -> list[Rule]:

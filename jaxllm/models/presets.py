@@ -29,7 +29,18 @@ from jaxllm.config import (
     Transformer,
     Yarn,
 )
-from jaxllm.models import gemma2, gpt2, llama
+from jaxllm.models import (
+    gemma2,
+    gpt2,
+    llama,
+    mixtral,
+    olmo,
+    olmo2,
+    olmoe,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 
 PRESETS: dict[str, Callable[[], Transformer]] = {
     f.__name__: f
@@ -46,6 +57,13 @@ PRESETS: dict[str, Callable[[], Transformer]] = {
         gpt2.gpt2_large,
         gpt2.gpt2_xl,
         gemma2.gemma2_2b,
+        qwen3.qwen3_06b,
+        qwen3_moe.qwen3_30b_a3b,
+        qwen2_moe.qwen15_moe_a27b,
+        mixtral.mixtral_8x7b,
+        olmo.olmo_1b,
+        olmo2.olmo2_7b,
+        olmoe.olmoe_1b_7b,
     )
 }
 

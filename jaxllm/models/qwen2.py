@@ -22,29 +22,38 @@ FIELDS = Fields(
         "max_position_embeddings": 32_768,
         "use_sliding_window": False,
         "sliding_window": 4096,
-        "max_window_layers": None,
+        "max_window_layers": 28,
         "layer_types": None,
     },
     nullable=frozenset({"sliding_window", "num_key_value_heads"}),
+    zero=frozenset({"sliding_window", "max_window_layers"}),
     only={"use_mrope": (False, None)},
 )
 
 
-def from_hf(config: Config) -> Transformer:
-    """Layers from `max_window_layers` (28) up are windowed, unless `layer_types` says which are."""
-    c = read_fields(config, FIELDS)
+def windows_from(c: Config) -> list[Pattern]:
+    """Layers from `max_window_layers` up are windowed, unless `layer_types` says which are."""
     window = c["sliding_window"] if c["use_sliding_window"] else None
-    full_below = 28 if c["max_window_layers"] is None else c["max_window_layers"]
     upper: Pattern = Full() if window is None else Local(window)
-    default = [Full() if i < full_below else upper for i in range(c["num_hidden_layers"])]
-    return spec_from(c, layer_patterns(c["layer_types"], window, default), True, False, False)
+    default = [Full() if i < c["max_window_layers"] else upper for i in range(c["num_hidden_layers"])]
+    return layer_patterns(c["layer_types"], window, default)
+
+
+def windows_to(spec: Transformer) -> dict[str, Any]:
+    """The inverse of `windows_from`."""
+    windows = window_fields([block.attn.pattern for block in layers_of(spec)])
+    return windows | {"use_sliding_window": windows["sliding_window"] is not None}
+
+
+def from_hf(config: Config) -> Transformer:
+    """Biases on q, k and v."""
+    c = read_fields(config, FIELDS)
+    return spec_from(c, windows_from(c), True, False, False)
 
 
 def to_hf(spec: Transformer) -> dict[str, Any]:
     """The inverse of `from_hf`."""
-    windows = window_fields([block.attn.pattern for block in layers_of(spec)])
-    used = {"use_sliding_window": windows["sliding_window"] is not None}
-    return config_of(spec, MODEL_TYPE, ARCHITECTURES[0]) | windows | used
+    return config_of(spec, MODEL_TYPE, ARCHITECTURES[0]) | windows_to(spec)
 
 
 def names(spec: Transformer) -> list[Rule]:
