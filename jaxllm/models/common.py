@@ -71,7 +71,7 @@ class Fields:
     read: field -> its value when absent, as the reference's config class has it; the value's type is the field's.
     nullable: those of `read` that may be null.  zero: those that may be 0, where other whole numbers are at least 1.
     only: field -> the values under which this math holds.
-    ignored: further fields that cannot change a logit.
+    ignored: further fields that cannot change a logit.  aliases: another name that the config class knows -> field.
     """
 
     read: Mapping[str, Any]
@@ -79,6 +79,7 @@ class Fields:
     zero: frozenset[str] = frozenset()
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_fields(config: Config, fields: Fields) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def read_fields(config: Config, fields: Fields) -> dict[str, Any]:
 
     Any field that is not known, or has an unsupported value, is refused by name.
     """
-    family = config.get("model_type")
+    family, config = config.get("model_type"), _renamed(config, fields.aliases)
     only = _PLAIN | dict(fields.only)
     for name, value in config.items():
         if name in only and value not in only[name]:
@@ -101,6 +102,15 @@ def read_fields(config: Config, fields: Fields) -> dict[str, Any]:
             )
     read = {name: _typed(config, name, default, fields) for name, default in fields.read.items()}
     return read | {"model_type": family}
+
+
+def _renamed(config: Config, aliases: Mapping[str, str]) -> Config:
+    out = dict(config)
+    for name, own in aliases.items():
+        value = out.pop(name, None)
+        if value is not None and out.setdefault(own, value) != value:
+            raise ValueError(f"config.json: {own} is {out[own]!r}, but {name}, another name of it, {value!r}; keep one")
+    return out
 
 
 def _typed(config: Config, name: str, default: Any, fields: Fields) -> Any:
@@ -164,12 +174,12 @@ def stacks_of(blocks: Sequence[Block]) -> tuple[Stack, ...]:
     return tuple(Stack((layers[a],), b - a) for a, b in zip(starts, ends, strict=True))
 
 
-def layers_of(spec: Transformer) -> list[Block]:
+def layers_of(spec: Layered) -> list[Block]:
     """Every layer in order."""
     return [block for stack in spec.stacks for _ in range(stack.repeats) for block in stack.pattern]
 
 
-def places(spec: Transformer) -> Iterator[tuple[str, range]]:
+def places(spec: Layered) -> Iterator[tuple[str, range]]:
     """(path of a place, numbers of its layers) for every place in every stack's pattern."""
     first = 0
     for s, stack in enumerate(spec.stacks):
@@ -201,18 +211,42 @@ def table(
     out.  head: the name of a second copy of a tied embedding.
     sizes: letters of the layouts that shapes do not bind.
     """
+    rules = rows_of(spec, top, prefix, block, sizes)
+    if spec.tied and head is not None:
+        rules.append(Alias(head, "embed/tokens"))
+    return applicable(rules, model_params(spec))
+
+
+def rows_of(
+    spec: Layered, top: Sequence[Row], prefix: str, block: Sequence[Row], sizes: tuple[tuple[str, int], ...] = ()
+) -> list[Rule]:
+    """The rules of `table`, those without parameters as well."""
     rules: list[Rule] = [Tensor(name, _tuple(path), layout, (), sizes) for name, path, layout in top]
     for at, numbers in places(spec):
         for name, path, layout in block:
             paths = tuple(at + p for p in _tuple(path))
             each = (numbers, range(_experts(spec, numbers[0]))) if "{}" in name else (numbers,)
             rules.append(Tensor(prefix + name, paths, layout, each, sizes))
-    if spec.tied and head is not None:
-        rules.append(Alias(head, "embed/tokens"))
-    return applicable(rules, model_params(spec))
+    return rules
 
 
-def _experts(spec: Transformer, layer: int) -> int:
+def within(rules: Sequence[Rule], path: str, name: Callable[[str], str] = lambda name: name) -> list[Rule]:
+    """The rules of a part of a model: its parameters lie under `path`, its tensors are renamed by `name`."""
+    out: list[Rule] = []
+    for rule in rules:
+        match rule:
+            case Tensor():
+                out.append(replace(rule, name=name(rule.name), paths=tuple(path + p for p in rule.paths)))
+            case Alias(own, of):
+                out.append(Alias(name(own), path + of))
+            case Unused(pattern):
+                out.append(Unused(pattern if pattern.startswith("*") else name(pattern)))
+            case other:
+                assert_never(other)
+    return out
+
+
+def _experts(spec: Layered, layer: int) -> int:
     ffn = layers_of(spec)[layer].ffn
     return ffn.experts if isinstance(ffn, MoE) else 0
 
