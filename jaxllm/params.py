@@ -72,6 +72,11 @@ def map_params(f: Callable[..., Any], tree: ParamTree, *rest: Any) -> Any:
     return jax.tree.map(f, tree, *rest, is_leaf=is_param)
 
 
+def map_with_paths(f: Callable[[str, Param], Any], tree: ParamTree) -> Any:
+    """f("attn/q/kernel", param) for every declared parameter."""
+    return jax.tree_util.tree_map_with_path(lambda path, p: f(path_name(path), p), tree, is_leaf=is_param)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """'stacks/0/0/attn/q/kernel' from a jax key path."""
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)

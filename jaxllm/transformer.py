@@ -7,6 +7,8 @@ logits(params, spec, out.hidden_BTD, runtime)
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import partial
 from typing import Any, assert_never
 
@@ -23,7 +25,7 @@ from jaxllm.nn.head import classifier_params, classify, head_kernel, head_params
 from jaxllm.nn.moe import ffn, ffn_params
 from jaxllm.nn.norm import norm, norm_params
 from jaxllm.nn.position import relative_bias_params, tables
-from jaxllm.params import ParamTree, layer, stacked
+from jaxllm.params import Normal, Param, ParamTree, layer, map_with_paths, stacked
 from jaxllm.records import Aux, Inputs, Memory, Output
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import constrain, use
@@ -47,7 +49,7 @@ __all__ = [
 
 def block_params(cfg: Block, dim: int, gain: float) -> ParamTree:
     """One layer's parameters. `gain` scales the projections that write to the residual stream, unless `cfg` has one."""
-    gain = gain if cfg.gain is None else cfg.gain
+    gain = gain if cfg.gain is None else 1.0
 
     def one_norm() -> ParamTree:
         return norm_params(cfg.norm, dim)
@@ -65,7 +67,17 @@ def block_params(cfg: Block, dim: int, gain: float) -> ParamTree:
         tree |= {"cross": cross_params(cfg.cross, dim, gain), "cross_norm": one_norm()}
         if cfg.place == "sandwich":
             tree["cross_post_norm"] = one_norm()
-    return tree
+    return tree if cfg.gain is None else map_with_paths(partial(_deepnorm, cfg.gain), tree)
+
+
+def _deepnorm(gain: float, path: str, p: Param) -> Param:
+    """Glorot's normal init, times `gain` for values, attention outputs and feed-forward (Wang et al. 2022, fig. 2)."""
+    if not path.endswith("kernel"):
+        return p
+    inputs = [n for n, axis in zip(p.shape, p.axes, strict=True) if axis != "experts"][: -p.outputs]
+    fan_in, fan_out = math.prod(inputs), math.prod(p.shape[-p.outputs :])
+    scaled = path.startswith("ffn") or path.split("/")[1] in ("v", "o")
+    return replace(p, init=Normal((gain if scaled else 1.0) * (2 / (fan_in + fan_out)) ** 0.5))
 
 
 def stack_params(stacks: tuple[Stack, ...], dim: int) -> ParamTree:

@@ -12,8 +12,20 @@ Dimension key, used in every array name and einsum of the project:
 """
 
 from jaxllm.config.attention import GQA, MLA, Attention, QKNorm
+from jaxllm.config.compound import EncoderDecoder
 from jaxllm.config.ffn import FFN, GLU, MLP, Activation, MoE, Router
-from jaxllm.config.models import Block, Classifier, Cross, Embedding, LMHead, Stack, Transform, Transformer, decoder
+from jaxllm.config.models import (
+    Block,
+    Classifier,
+    Cross,
+    Embedding,
+    LMHead,
+    Stack,
+    Transform,
+    Transformer,
+    decoder,
+    deepnorm,
+)
 from jaxllm.config.norms import LayerNorm, Norm, RMSNorm
 from jaxllm.config.patterns import And, Causal, Full, Local, Or, Pattern
 from jaxllm.config.positions import (
@@ -61,6 +73,7 @@ __all__ = [
     "Cross",
     "DynamicNTK",
     "Embedding",
+    "EncoderDecoder",
     "Full",
     "LMHead",
     "LayerNorm",
@@ -94,4 +107,5 @@ __all__ = [
     "VisionLanguage",
     "Yarn",
     "decoder",
+    "deepnorm",
 ]

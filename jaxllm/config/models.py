@@ -33,7 +33,7 @@ class Block:
     x is multiplied by `residual_scale` (DeepNorm's alpha; not in the parallel places), what is added by `branch_scale`
     (Granite).
 
-    `gain` multiplies the initial scale of what writes to the residual stream (DeepNorm's beta, Wang et al. 2022, §3).
+    `gain`: DeepNorm's beta, for its init (Wang et al. 2022, fig. 2); see `deepnorm`. `dropout` acts on branches.
     """
 
     attn: Attention
@@ -49,6 +49,11 @@ class Block:
     def __post_init__(self) -> None:
         if self.cross is not None and self.place in ("parallel", "shared"):
             raise ValueError(f"Block: cross-attention needs one branch after the other, not place={self.place!r}")
+
+
+def deepnorm(layers: int) -> tuple[float, float]:
+    """(residual_scale, gain) of a DeepNorm decoder or encoder alone: (2 L)^(1/4), (8 L)^(-1/4) (ibid., fig. 2)."""
+    return (2 * layers) ** 0.25, (8 * layers) ** -0.25
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,11 @@ class LMHead:
 class Classifier:
     """`labels` scores of a row, or of every token with pool "tokens" (span heads have two labels, rewards one).
 
-    pool: what is read, the "first" token, the "last" real one, the "mean" over real ones, or all "tokens".
+    pool: what is read, the "first" slot of the row, the "last" real token, the "mean" over real ones, or all "tokens".
+    labels None: what was pooled is the result (BERT's pooler, sentence embeddings).
     """
 
-    labels: int
+    labels: int | None
     pool: Literal["first", "last", "mean", "tokens"] = "first"
     bias: bool = True
     transform: Transform | None = None
