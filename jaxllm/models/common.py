@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, assert_never
 
 from jaxllm.architectures import model_params
 from jaxllm.config import (
@@ -26,13 +26,16 @@ from jaxllm.config import (
     Local,
     MoE,
     Pattern,
+    QFormer,
     Rope,
     Stack,
     Transformer,
+    Vision,
 )
-from jaxllm.convert.rules import Alias, Rule, Tensor, applicable
+from jaxllm.convert.rules import Alias, Rule, Tensor, Unused, applicable
 
 Config = Mapping[str, Any]
+Layered = Transformer | Vision | QFormer
 
 # ---------------------------------------------------------------------------------------------------------- fields
 
@@ -175,7 +178,9 @@ def stacks_of(blocks: Sequence[Block]) -> tuple[Stack, ...]:
 
 
 def layers_of(spec: Layered) -> list[Block]:
-    """Every layer in order."""
+    """Every layer in order. Raises ValueError for a model of several parts, whose layers are not of one order."""
+    if not isinstance(spec, Layered):
+        raise ValueError(f"layers_of: a {type(spec).__name__} has no layers of its own; look at its parts")
     return [block for stack in spec.stacks for _ in range(stack.repeats) for block in stack.pattern]
 
 
