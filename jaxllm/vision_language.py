@@ -175,8 +175,8 @@ def _check_count(spec: VisionLanguage, ids: np.ndarray, token: int | None, image
     found, wanted = int((ids == token).sum()), vectors_of(spec, images)
     if found != wanted:
         raise ValueError(
-            f"input_ids has {found} {name} tokens (id {token}), the {name}s make {wanted} vectors; repeat the token once "
-            "per vector, as the model's processor does"
+            f"input_ids has {found} {name} tokens (id {token}), the {name}s make {wanted} vectors; repeat the token "
+            "once per vector, as the model's processor does"
         )
 
 
@@ -201,7 +201,7 @@ def positions(
     return out, delta
 
 
-Grid = tuple[Int[np.ndarray, "3"], float]  # patches in time, height, width; temporal positions per step
+Grid = tuple[Int[np.ndarray, " 3"], float]  # patches in time, height, width; temporal positions per step
 
 
 def _image_grids(pixels: Pixels) -> Iterator[Grid]:

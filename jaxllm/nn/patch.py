@@ -103,7 +103,7 @@ def _row(x: np.ndarray) -> Int[Array, "*axes B P"]:
     return jnp.asarray(x[..., None, :], jnp.int32)
 
 
-def _places(grid: Int[np.ndarray, "3"], m: int) -> Int[np.ndarray, "2 P"]:
+def _places(grid: Int[np.ndarray, " 3"], m: int) -> Int[np.ndarray, "2 P"]:
     """Row and column of every patch of an image, block of m x m patches after block, for each of its frames."""
     t, h, w = grid
     blocks = np.indices((h, w)).reshape(2, h // m, m, w // m, m).swapaxes(2, 3)
@@ -171,7 +171,7 @@ def bicubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 
 def sinusoid_2d(side: int, dim: int) -> Float[np.ndarray, "P D"]:
-    """sin and cos of the column in the first half of `dim`, of the row in the second (He et al. 2022's code). float32."""
+    """sin and cos of the column in the first half of `dim`, of the row in the second (MAE, He et al. 2022). float32."""
     row, column = np.indices((side, side)).reshape(2, -1)
     inv = 10_000.0 ** (-np.arange(dim // 4) / (dim // 4))
     angles = [at[:, None] * inv[None] for at in (column, row)]
