@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from jaxllm.config import Transformer, TwoTower, VisionLanguage
+from jaxllm.config import EncoderDecoder, Transformer, TwoTower, VisionLanguage
+from jaxllm.encoder_decoder import encoder_decoder_params
 from jaxllm.params import ParamTree
 from jaxllm.transformer import transformer_params
 from jaxllm.two_tower import two_tower_params
 from jaxllm.vision_language import vision_language_params
 
-Spec = Transformer | TwoTower | VisionLanguage
+Spec = Transformer | EncoderDecoder | TwoTower | VisionLanguage
 
 
 def model_params(spec: Spec) -> ParamTree:
@@ -18,6 +19,8 @@ def model_params(spec: Spec) -> ParamTree:
     match spec:
         case Transformer():
             return transformer_params(spec)
+        case EncoderDecoder():
+            return encoder_decoder_params(spec)
         case TwoTower():
             return two_tower_params(spec)
         case VisionLanguage():

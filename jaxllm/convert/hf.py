@@ -11,14 +11,13 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
-from jaxllm.architectures import model_params
-from jaxllm.config import Transformer
+from jaxllm.architectures import Spec, model_params
 from jaxllm.convert import rules
 from jaxllm.convert.safetensors_io import open_folder, write_folder
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.leaves import is_weight
-from jaxllm.models.families import Family, family_of_config, family_of_spec, spec_of_config
+from jaxllm.models.families import Family, family_of_config, family_of_spec, settled, spec_of_config
 from jaxllm.models.rope import classic
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -37,7 +36,7 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
 
 def load_folder(
     path: epath.PathLike, dtype: DTypeLike = "float32", shardings: Any = None
-) -> tuple[Transformer, Any, Tokenizer | None]:
+) -> tuple[Spec, Any, Tokenizer | None]:
     """(spec, params, tokenizer) of a folder; the tokenizer is None when the folder has none.
 
     shardings: a tree like `model_params(spec)`: tensors are read one by one straight into their local shards.
@@ -45,18 +44,23 @@ def load_folder(
     the field, the tensor or the file.
     """
     config = read_config(path)
-    spec, family, tokenizer = spec_of_config(config), family_of_config(config), load_tokenizer(path)
+    family, tokenizer = family_of_config(config), load_tokenizer(path)
+    spec = settled(family, spec_of_config(config), open_folder(path).shapes)
     check_vocab(tokenizer, spec, str(path))
     return spec, load_params(path, spec, family, dtype, shardings), tokenizer
 
 
-def load_params(
-    path: epath.PathLike, spec: Transformer, family: Family, dtype: DTypeLike, shardings: Any = None
-) -> Any:
+def spec_of_folder(path: epath.PathLike) -> Spec:
+    """The spec alone, from config.json and, where there are weights, their names."""
+    config = read_config(path)
+    spec, held = spec_of_config(config), any(epath.Path(path).glob("*.safetensors"))
+    return settled(family_of_config(config), spec, open_folder(path).shapes) if held else spec
+
+
+def load_params(path: epath.PathLike, spec: Spec, family: Family, dtype: DTypeLike, shardings: Any = None) -> Any:
     """The weights of a folder as parameters of `spec`."""
     folder, table, tree = open_folder(path), family.names(spec), model_params(spec)
-    bare = not any(name.startswith(family.PREFIX) for name in folder.shapes)  # saved from the model without its head
-    theirs = {(family.PREFIX + name if bare and name != "lm_head.weight" else name): name for name in folder.shapes}
+    theirs = rules.match_names(table, tree, folder.shapes, family.PREFIX)
     found = {name: folder.shapes[own] for name, own in theirs.items()}
     rules.check(table, tree, found, str(path))
     return rules.load(table, tree, found, lambda name: folder.read(theirs[name]), dtype, shardings)
@@ -68,7 +72,7 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer | None:
     return tokenizers.load(path) if has_one else None
 
 
-def check_vocab(tokenizer: Tokenizer | None, spec: Transformer, owner: str) -> None:
+def check_vocab(tokenizer: Tokenizer | None, spec: Spec, owner: str) -> None:
     """ValueError unless every id of the tokenizer has a row in the embedding."""
     if tokenizer is not None and tokenizer.vocab > spec.vocab:
         raise ValueError(
@@ -87,7 +91,7 @@ def eos_ids(path: epath.PathLike, config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def save_folder(
     path: epath.PathLike,
-    spec: Transformer,
+    spec: Spec,
     params: Any,
     tokenizer: Tokenizer | None = None,
     *,
@@ -107,7 +111,7 @@ def save_folder(
     dtype = _dtype_of(params)
     table = family.names(spec)
     shapes = rules.wanted(table, model_params(spec))
-    config |= {"dtype": dtype.name} | _special_ids(tokenizer)
+    config = {"dtype": dtype.name} | _special_ids(tokenizer) | config
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         temporary.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
@@ -178,6 +178,21 @@ def wanted(table: Table, tree: ParamTree) -> dict[str, Shape]:
         shape = tensor_shape(rule, _declared(rule, declared))
         out |= {rule.name.format(*numbers): shape for numbers in product(*rule.each)}
     return out
+
+
+def match_names(table: Table, tree: ParamTree, found: Iterable[str], prefix: str) -> dict[str, str]:
+    """The table's name -> the file's, for every tensor of a file; one that the table lacks keeps its own.
+
+    A file saved from a model without its head lacks the prefix of the one with it, and the other way round; files of
+    the first years call a norm's weight and bias gamma and beta.
+    """
+
+    def key(name: str) -> str:
+        return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name.removeprefix(prefix)))
+
+    known = [*wanted(table, tree), *(rule.name for rule in table if isinstance(rule, Alias))]
+    by_key = {key(name): name for name in known}
+    return {by_key.get(key(name), name): name for name in found}
 
 
 def check(table: Table, tree: ParamTree, found: Mapping[str, Shape], owner: str) -> None:

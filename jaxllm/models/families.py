@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
-from jaxllm.config import Transformer
-from jaxllm.convert.rules import Rule
+from jaxllm.architectures import Spec, model_params
+from jaxllm.config import EncoderDecoder, Transformer
+from jaxllm.convert.rules import Rule, wanted
 from jaxllm.models import (
+    baichuan,
+    bert,
+    chatglm,
+    cohere,
+    cohere2,
+    deepseek_v2,
+    deepseek_v3,
+    gemma,
     gemma2,
+    gemma3,
+    glm,
+    glm4,
     gpt2,
+    gpt_oss,
+    granite,
     llama,
     mistral,
     mixtral,
@@ -21,6 +35,8 @@ from jaxllm.models import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    roberta,
+    smollm3,
 )
 from jaxllm.models.common import layers_of, stacks_of
 from jaxllm.models.rope import modern
@@ -45,16 +61,25 @@ class Family(Protocol):
         """What tensor names begin with, unless they were saved without the head."""
         ...
 
-    def from_hf(self, config: Mapping[str, Any]) -> Transformer:
+    def from_hf(self, config: Mapping[str, Any]) -> Any:
         """The spec of a config in today's style."""
         ...
 
-    def to_hf(self, spec: Transformer) -> dict[str, Any]:
+    def to_hf(self, spec: Any) -> dict[str, Any]:
         """The config of a spec."""
         ...
 
-    def names(self, spec: Transformer) -> list[Rule]:
+    def names(self, spec: Any) -> list[Rule]:
         """The name table."""
+        ...
+
+
+@runtime_checkable
+class Settling(Family, Protocol):
+    """A family whose config.json leaves something open that the names of a checkpoint's tensors tell."""
+
+    def settle(self, spec: Any, names: Set[str]) -> Any:
+        """The spec of a checkpoint with these tensors (their names without PREFIX)."""
         ...
 
 
@@ -71,6 +96,21 @@ _MODULES: tuple[Family, ...] = (
     olmo,
     olmo2,
     olmoe,
+    gemma,
+    gemma3,
+    cohere,
+    cohere2,
+    glm,
+    glm4,
+    granite,
+    smollm3,
+    baichuan,
+    chatglm,
+    bert,
+    roberta,
+    deepseek_v2,
+    deepseek_v3,
+    gpt_oss,
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _MODULES}
 
@@ -92,20 +132,28 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
     return family
 
 
-def spec_of_config(config: Mapping[str, Any]) -> Transformer:
+def spec_of_config(config: Mapping[str, Any]) -> Any:
     """The spec of a config.json in either style."""
     return family_of_config(config).from_hf(modern(config))
 
 
-def family_of_spec(spec: Transformer) -> tuple[Family, dict[str, Any]]:
+def settled(family: Family, spec: Any, names: Iterable[str]) -> Any:
+    """The spec of a checkpoint that holds tensors of these names."""
+    if not isinstance(family, Settling):
+        return spec
+    return family.settle(spec, {name.removeprefix(family.PREFIX) for name in names})
+
+
+def family_of_spec(spec: Spec) -> tuple[Family, dict[str, Any]]:
     """A family whose config.json expresses `spec` exactly, and that config; of several that of the spec's own name.
 
-    Exactly: reading the config gives the spec back. Raises ValueError when none does.
+    Exactly: reading the config, and the names of the tensors, gives the spec back. Raises ValueError when none does.
     """
-    for family in sorted(FAMILIES.values(), key=lambda f: spec.name != f.MODEL_TYPE):
+    alike = [f for f in FAMILIES.values() if isinstance(spec, getattr(f, "SPEC", Transformer))]
+    for family in sorted(alike, key=lambda f: spec.name != f.MODEL_TYPE):
         try:
             config = family.to_hf(spec)
-            back = family.from_hf(config)
+            back = settled(family, family.from_hf(config), wanted(family.names(spec), model_params(spec)))
         except ValueError:
             continue
         if _canonical(back) == _canonical(spec):
@@ -115,5 +163,11 @@ def family_of_spec(spec: Transformer) -> tuple[Family, dict[str, Any]]:
     )
 
 
-def _canonical(spec: Transformer) -> Transformer:
-    return replace(spec, stacks=stacks_of(layers_of(spec)))
+def _canonical(spec: Any) -> Any:
+    match spec:
+        case Transformer():
+            return replace(spec, stacks=stacks_of(layers_of(spec)))
+        case EncoderDecoder(encoder, decoder):
+            return replace(spec, encoder=_canonical(encoder), decoder=_canonical(decoder))
+        case _:
+            return spec

@@ -99,7 +99,9 @@ def logits(
 
 def classifier_params(cfg: Classifier, dim: int) -> ParamTree:
     """out/kernel [D, labels], out/bias [labels], transform/..."""
-    tree: ParamTree = {"out": linear_params({"embed": dim}, {"labels": cfg.labels}, cfg.bias)}
+    tree: ParamTree = {}
+    if cfg.labels is not None:
+        tree["out"] = linear_params({"embed": dim}, {"labels": cfg.labels}, cfg.bias)
     return tree if cfg.transform is None else tree | {"transform": transform_params(cfg.transform, dim)}
 
 
@@ -110,7 +112,7 @@ def classify(
     hidden_BTD: Float[Array, "B T D"],
     segment_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B *T labels"]:
-    """float32 scores of the classifier `name`: [B, labels], or [B, T, labels] for the pool "tokens".
+    """float32 scores of the classifier `name`: [B, labels], or [B, T, labels] for the pool "tokens"; D without labels.
 
     segment_BT: 0 = padding, which pools leave out. Raises ValueError for an unknown name.
     """
@@ -120,18 +122,21 @@ def classify(
     p = params["classifiers"][name]
     x = hidden_BTD if cfg.pool == "tokens" else pool(cfg.pool, hidden_BTD, segment_BT)
     x = x if cfg.transform is None else transform(p["transform"], cfg.transform, x)
-    return linear(p["out"], x, _MATRIX[x.ndim]).astype(jnp.float32)
+    return (x if cfg.labels is None else linear(p["out"], x, _MATRIX[x.ndim])).astype(jnp.float32)
 
 
 def pool(
     kind: Any, hidden_BTD: Float[Array, "B T D"], segment_BT: Int[Array, "B T"] | None = None
 ) -> Float[Array, "B D"]:
-    """One vector per row: of the "first" or "last" real token, or the "mean" over real ones."""
+    """One vector per row: of the "first" slot (padding or not, as the reference), the "last" real token, or the "mean".
+
+    The mean is over real tokens.
+    """
     shape = hidden_BTD.shape[:2]
     real = jnp.ones(shape, bool) if segment_BT is None else segment_BT > 0
     match kind:
         case "first":
-            at = jnp.argmax(real, 1)
+            return hidden_BTD[:, 0]
         case "last":
             at = shape[1] - 1 - jnp.argmax(real[:, ::-1], 1)
         case "mean":
