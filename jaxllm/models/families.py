@@ -13,6 +13,7 @@ from jaxllm.models import (
     baichuan,
     bert,
     chatglm,
+    clip,
     cohere,
     cohere2,
     deepseek_v2,
@@ -111,6 +112,7 @@ _MODULES: tuple[Family, ...] = (
     deepseek_v2,
     deepseek_v3,
     gpt_oss,
+    clip,
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _MODULES}
 
