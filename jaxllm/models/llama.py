@@ -67,6 +67,11 @@ def smollm2_135m() -> Transformer:
     return llama("smollm2_135m", (30, 576, 9, 3, 64, 49_152, 1536), theta=100_000.0, context=8192, tied=True)
 
 
+def yi_6b() -> Transformer:
+    """6,061,035,520 parameters (01.AI 2024)."""
+    return llama("yi_6b", (32, 4096, 32, 4, 128, 64_000, 11_008), theta=5e6)
+
+
 def qwen2_05b() -> Transformer:
     """494,032,768 parameters, tied, with q/k/v biases (Yang et al. 2024)."""
     return llama(

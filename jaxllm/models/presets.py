@@ -30,8 +30,20 @@ from jaxllm.config import (
     Yarn,
 )
 from jaxllm.models import (
+    baichuan,
+    chatglm,
+    cohere,
+    cohere2,
+    deepseek_v2,
+    deepseek_v3,
+    gemma,
     gemma2,
+    gemma3,
+    glm,
+    glm4,
     gpt2,
+    gpt_oss,
+    granite,
     llama,
     mixtral,
     olmo,
@@ -40,6 +52,7 @@ from jaxllm.models import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    smollm3,
 )
 
 PRESETS: dict[str, Callable[[], Transformer]] = {
@@ -57,6 +70,19 @@ PRESETS: dict[str, Callable[[], Transformer]] = {
         gpt2.gpt2_large,
         gpt2.gpt2_xl,
         gemma2.gemma2_2b,
+        llama.yi_6b,
+        gemma.gemma_2b,
+        gemma3.gemma3_1b,
+        cohere.command_r,
+        cohere2.command_r7b,
+        glm.glm4_9b,
+        glm4.glm4_9b_0414,
+        granite.granite3_2b,
+        smollm3.smollm3_3b,
+        baichuan.baichuan_7b,
+        baichuan.baichuan2_7b,
+        baichuan.baichuan2_13b,
+        chatglm.chatglm3_6b,
         qwen3.qwen3_06b,
         qwen3_moe.qwen3_30b_a3b,
         qwen2_moe.qwen15_moe_a27b,
@@ -64,6 +90,9 @@ PRESETS: dict[str, Callable[[], Transformer]] = {
         olmo.olmo_1b,
         olmo2.olmo2_7b,
         olmoe.olmoe_1b_7b,
+        deepseek_v2.deepseek_v2_lite,
+        deepseek_v3.deepseek_v3,
+        gpt_oss.gpt_oss_20b,
     )
 }
 

@@ -11,6 +11,7 @@ from jaxllm.config import NTK, DynamicNTK, Linear, Llama3, LongRope, Rope, Scali
 Config = Mapping[str, Any]
 
 ORIGINAL = "original_max_position_embeddings"
+LOCAL = "sliding_attention"  # layers that may have a rotation of their own
 _LOOSE = {  # where older styles keep them -> key of rope_parameters
     "rope_theta": "rope_theta",
     "rotary_emb_base": "rope_theta",
@@ -27,8 +28,11 @@ def modern(config: Config) -> dict[str, Any]:
     out = dict(config)
     given = dict(out.pop("rope_parameters", None) or {})
     if any(isinstance(value, Mapping) for value in given.values()):  # one set per type of layer
-        return out | {"rope_parameters": given}
+        legacy = {"rope_scaling", *_LOOSE}
+        return {k: v for k, v in out.items() if k not in legacy or v is not None} | {"rope_parameters": given}
     scaling = dict(out.pop("rope_scaling", None) or {})
+    if given and not scaling and "type" not in given:
+        given.setdefault("rope_type", "default")
     loose = [{key: out.pop(name, None)} for name, key in _LOOSE.items()]
     sources = [given, scaling, *(one for one in loose if None not in one.values())]
     merged: dict[str, Any] = {}
@@ -51,6 +55,11 @@ def classic(config: Config) -> dict[str, Any]:
         out["torch_dtype"] = out.pop("dtype")
     if out.get("rope_parameters"):
         rope = dict(out.pop("rope_parameters"))
+        if LOCAL in rope:
+            local, rope = rope[LOCAL], dict(rope["full_attention"])
+            if local["rope_type"] != "default":
+                return out | {"rope_parameters": config["rope_parameters"]}  # transformers 4 cannot say it
+            out["rope_local_base_freq"] = local["rope_theta"]
         out |= {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
         out["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
     return out
