@@ -162,7 +162,8 @@ def _residual(
     def scaled(h: Array, factor: float) -> Array:
         return h if factor == 1.0 else h * factor
 
-    y, extra = branch(normed("_norm", x) if cfg.place in ("pre", "sandwich") else x)
+    h = normed("_norm", x) if cfg.place in ("pre", "sandwich", "normed") else x
+    y, extra = branch(h)
     match cfg.place:
         case "sandwich":
             y = normed("_post_norm", y)
@@ -171,7 +172,7 @@ def _residual(
         case _:
             pass
     y = scaled(drop(y), cfg.branch_scale)
-    x = scaled(x, cfg.residual_scale) + y
+    x = scaled(h if cfg.place == "normed" else x, cfg.residual_scale) + y
     return normed("_norm", x) if cfg.place == "post" else x, y, extra
 
 

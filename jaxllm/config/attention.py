@@ -82,10 +82,10 @@ class MLA:
 
 
 def _check_rotated(position: Position | None, width: int) -> None:
-    if isinstance(position, Rope) and (position.width(width) % 2 or position.width(width) < 2):
+    if isinstance(position, Rope) and position.width(width) not in range(2, width + 1, 2):
         raise ValueError(
-            f"Rope: the rotated width {width} * {position.fraction} = {position.width(width)} must be even and at "
-            "least 2; RoPE turns pairs"
+            f"Rope: the rotated width {width} * {position.fraction} = {position.width(width)} must be even, and in "
+            f"2..{width}; RoPE turns pairs"
         )
 
 

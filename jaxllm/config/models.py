@@ -27,6 +27,7 @@ class Block:
           "post":      norm(x + f(x))                                (the original Transformer)
           "sandwich":  x + norm(f(norm(x)))                          (Gemma 2, GLM-4)
           "output":    x + norm(f(x))                                (OLMo 2)
+          "normed":    norm(x) + f(norm(x))                          (BLOOM, if asked)
           "parallel":  x + attn(norm(x)) + ffn(norm'(x))             (GPT-NeoX)
           "shared":    x + attn(norm(x)) + ffn(norm(x))              (GPT-J, Phi, Cohere)
 
@@ -39,7 +40,7 @@ class Block:
     attn: Attention
     ffn: FFN
     norm: Norm
-    place: Literal["pre", "post", "sandwich", "output", "parallel", "shared"] = "pre"
+    place: Literal["pre", "post", "sandwich", "output", "normed", "parallel", "shared"] = "pre"
     cross: Cross | None = None
     residual_scale: float = 1.0
     branch_scale: float = 1.0
