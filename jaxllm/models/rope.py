@@ -39,6 +39,7 @@ def modern(config: Config) -> dict[str, Any]:
     for source in sources:
         for name, value in source.items():
             key = "rope_type" if name == "type" else name
+            value = "default" if (key, value) == ("rope_type", "mrope") else value  # `mrope_section` says it already
             if merged.setdefault(key, value) != value:
                 raise ValueError(
                     f"config.json: {key} is {merged[key]!r} in one place and {value!r} in another; keep one"
@@ -62,6 +63,8 @@ def classic(config: Config) -> dict[str, Any]:
             out["rope_local_base_freq"] = local["rope_theta"]
         out |= {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
         out["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    if isinstance(out.get("text_config"), Mapping):
+        out["text_config"] = classic(out["text_config"])
     return out
 
 
