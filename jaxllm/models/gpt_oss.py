@@ -9,6 +9,7 @@ from jaxllm.config import GLU, Full, Local, MoE, Rope, Router, Transformer
 from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, Row, layer_patterns, layers_of, read_fields, window_fields, with_blocks
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
+from jaxllm.models.rope import ORIGINAL
 from jaxllm.models.sparse_like import TRAINING, attention_of, dense, mixture_of, one_name, sparse
 
 
@@ -65,7 +66,7 @@ def from_hf(config: Config) -> Transformer:
     c = read_fields(one_name(one_name(config, "num_local_experts", "num_experts"), *SECOND), FIELDS)
     rope = c["rope_parameters"] or {}
     if "rope_type" not in rope:
-        c |= {"rope_parameters": YARN | {"original_max_position_embeddings": 4096} | rope}
+        c |= {"rope_parameters": YARN | {ORIGINAL: 4096} | rope}
     window, bias = c["sliding_window"], c["attention_bias"]
     default = [Full() if i % 2 or window is None else Local(window) for i in range(c["num_hidden_layers"])]
     patterns = layer_patterns(c["layer_types"], window, default)
@@ -86,6 +87,8 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
     config = config_of(dense(MODEL_TYPE, spec), MODEL_TYPE, ARCHITECTURES[0])
     gate = {"swiglu_alpha": expert.beta, "swiglu_limit": expert.limit, "attention_bias": attn.qkv_bias}
     router = {"num_local_experts": mixture.experts, "num_experts_per_tok": mixture.router.top_k}
+    if config["rope_parameters"]["rope_type"] == "default":  # one more key, or the classic style would write null: YaRN
+        config["rope_parameters"] |= {ORIGINAL: spec.context}
     return config | gate | router | window_fields([block.attn.pattern for block in layers_of(spec)])
 
 
