@@ -41,7 +41,9 @@ from jaxllm.models import (
     phi,
     phi3,
     qwen2,
+    qwen2_5_vl,
     qwen2_moe,
+    qwen2_vl,
     qwen3,
     qwen3_moe,
     roberta,
@@ -133,6 +135,8 @@ _MODULES: tuple[Family, ...] = (
     starcoder2,
     mpt,
     opt,
+    qwen2_vl,
+    qwen2_5_vl,
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _MODULES}
 

@@ -37,9 +37,9 @@ def modern(config: Config) -> dict[str, Any]:
     sources = [given, scaling, *(one for one in loose if None not in one.values())]
     merged: dict[str, Any] = {}
     for source in sources:
-        for name, value in source.items():
+        for name, given_value in source.items():
             key = "rope_type" if name == "type" else name
-            value = "default" if (key, value) == ("rope_type", "mrope") else value  # `mrope_section` says it already
+            value = "default" if (key, given_value) == ("rope_type", "mrope") else given_value  # has `mrope_section`
             if merged.setdefault(key, value) != value:
                 raise ValueError(
                     f"config.json: {key} is {merged[key]!r} in one place and {value!r} in another; keep one"
