@@ -4,6 +4,7 @@
 
     model = jaxllm.load("smollm2")      # a run directory, a checkpoint in it, a Hugging Face folder, a .gguf, a name
     jaxllm.logits(model.spec, model.params, input_ids, attention_mask)           # float32 [B, T, V]
+    jaxllm.similarity(clip.spec, clip.params, input_ids, attention_mask, pixel_values=pixels).logits_per_image
     jaxllm.generate(model.spec, model.params, [[1, 2, 3]], max_new_tokens=20).ids()
     for piece in jaxllm.stream(model, "Once upon"): ...                          # pieces of text
 
@@ -13,8 +14,20 @@ These names are stable. The rooms below them (`docs/architecture.md`) are public
 from jaxllm.decode.rules import Sampling
 from jaxllm.decode.sample import Generation, generate
 from jaxllm.decode.stream import stream
-from jaxllm.model import Model, load, logits, spec_of
+from jaxllm.model import Model, load, logits, similarity, spec_of
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout
 
-__all__ = ["Generation", "Layout", "Model", "Runtime", "Sampling", "generate", "load", "logits", "spec_of", "stream"]
+__all__ = [
+    "Generation",
+    "Layout",
+    "Model",
+    "Runtime",
+    "Sampling",
+    "generate",
+    "load",
+    "logits",
+    "similarity",
+    "spec_of",
+    "stream",
+]

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, assert_never
+from typing import Any, Unpack, assert_never
 
 import jax
 import numpy as np
@@ -19,18 +19,22 @@ from etils import epath
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxllm import experiment, transformer
-from jaxllm.config import Transformer
+from jaxllm import experiment, transformer, vision_language
+from jaxllm.architectures import Spec
+from jaxllm.config import Transformer, TwoTower, VisionLanguage
 from jaxllm.convert import gguf, hf
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.tokenizer import Tokenizer, check_match
 from jaxllm.models.families import spec_of_config
+from jaxllm.nn.patch import Patched, cut
 from jaxllm.params import map_params, paths
-from jaxllm.records import inputs
+from jaxllm.records import Inputs, inputs
 from jaxllm.runtime import Runtime
 from jaxllm.train import manifest
 from jaxllm.train.checkpoint import CHECKPOINTS
 from jaxllm.train.checkpoint import load_params as load_checkpoint
+from jaxllm.two_tower import Similarity, compare
+from jaxllm.vision_language import Media, Pixels
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Model:
     id that ends a text (some models have several), which `tokenizer.eos` is one of.
     """
 
-    spec: Transformer
+    spec: Any
     params: Any
     tokenizer: Tokenizer | None
     eos: tuple[int, ...] = ()
@@ -133,7 +137,7 @@ def _in_package(name: str) -> epath.Path:
 # ---------------------------------------------------------------------------------------------------------- opening
 
 
-def spec_of(path_or_name: epath.PathLike) -> Transformer:
+def spec_of(path_or_name: epath.PathLike) -> Any:
     """The spec alone, from config.json or the GGUF header; no weight is read or allocated.
 
     Raises what `load` raises for the config.
@@ -211,25 +215,31 @@ def _load_run(path: epath.Path, step: int | None, dtype: DTypeLike, shardings: A
 
 
 def logits(
-    spec: Transformer,
+    spec: Spec,
     params: Any,
     input_ids: ArrayLike | Sequence[Any],
     attention_mask: ArrayLike | Sequence[Any] | None = None,
     *,
     runtime: Runtime = Runtime(),
+    **pixels: Unpack[Pixels],
 ) -> Float[Array, "B T V"]:
     """float32 [B, T, V] of every position, in one jitted forward; compiled once per (spec, runtime, B, T).
 
     input_ids: integers [B, T] (lists, numpy or jax).  attention_mask: [B, T], 1 for real tokens, 0 for padding
     on either side; None when nothing is padded. What stands at padding is meaningless.
-    Raises ValueError for ragged rows, an id outside the vocabulary, or more tokens than learned positions.
+    pixels: for vision-language models, what the reference's processor gives: pixel_values (float [N, channels, height,
+    width], or flat patches [P, X] with image_grid_thw int [N, 3]), pixel_values_videos, video_grid_thw ...; the n-th
+    image token of `input_ids` is the n-th vector of the images.
+    Raises ValueError for ragged rows, an id outside the vocabulary, more tokens than learned positions, or images that
+    do not fit their tokens.
     """
-    ids = _integers("input_ids", input_ids)
-    mask = None if attention_mask is None else _integers("attention_mask", attention_mask)
-    if mask is not None and mask.shape != ids.shape:
-        raise ValueError(f"attention_mask {mask.shape} must have the shape of input_ids {ids.shape}")
-    if isinstance(ids, np.ndarray) and ids.size and (ids.min() < 0 or ids.max() >= spec.vocab):
-        raise ValueError(f"input_ids must be in 0..{spec.vocab - 1}, found {ids.min()}..{ids.max()}; wrong tokenizer?")
+    ids, mask = _batch(spec, input_ids, attention_mask)
+    if isinstance(spec, VisionLanguage):
+        return _visual_logits(spec, runtime, params, *vision_language.prepare(spec, ids, mask, pixels))
+    if pixels:
+        raise ValueError(f"{', '.join(pixels)}: model {spec.name!r} does not see; leave them out")
+    if not isinstance(spec, Transformer):
+        raise ValueError(f"logits: a {type(spec).__name__} has none; see jaxllm.similarity")
     position = spec.embed.position
     if position is not None and ids.shape[1] > position.length:
         raise ValueError(f"input_ids has {ids.shape[1]} tokens, the model {position.length} positions; cut it")
@@ -242,6 +252,55 @@ def _logits(
 ) -> Float[Array, "B T V"]:
     out = transformer.forward(params, spec, inputs(ids, mask), runtime)
     return transformer.logits(params, spec, out.hidden_BTD, runtime)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _visual_logits(
+    spec: VisionLanguage, runtime: Runtime, params: Any, given: Inputs, media: Media
+) -> Float[Array, "B T V"]:
+    out = vision_language.forward(params, spec, given, media, runtime)
+    return transformer.logits(params["text"], spec.text, out.hidden_BTD, runtime)
+
+
+def similarity(
+    spec: TwoTower,
+    params: Any,
+    input_ids: ArrayLike | Sequence[Any],
+    attention_mask: ArrayLike | Sequence[Any] | None = None,
+    *,
+    pixel_values: ArrayLike,
+    runtime: Runtime = Runtime(),
+) -> Similarity:
+    """Every text with every image: `logits_per_image` [N, n] and the rest of `Similarity`, in one jitted forward.
+
+    input_ids, attention_mask: [n, T], as `logits` takes them.  pixel_values: float [N, channels, height, width].
+    Raises ValueError for ragged rows, ids outside the vocabulary, too long texts, or images of another size.
+    """
+    if not isinstance(spec, TwoTower):
+        raise ValueError(f"similarity: wants a model of two towers (CLIP), found {type(spec).__name__}")
+    ids, mask = _batch(spec, input_ids, attention_mask)
+    if ids.shape[1] > spec.context:
+        raise ValueError(f"input_ids has {ids.shape[1]} tokens, the model {spec.context} positions; cut it")
+    return _similarity(spec, runtime, params, inputs(ids, mask), cut(spec.vision, pixel_values))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _similarity(spec: TwoTower, runtime: Runtime, params: Any, given: Inputs, images: Patched) -> Similarity:
+    return compare(params, spec, given, images, runtime)
+
+
+def _batch(spec: Spec, input_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
+    """Ids and mask as int32 [B, T], checked against each other and the vocabulary."""
+    ids = _integers("input_ids", input_ids)
+    mask = None if attention_mask is None else _integers("attention_mask", attention_mask)
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"attention_mask {mask.shape} must have the shape of input_ids {ids.shape}")
+    placed = spec.image_token if isinstance(spec, VisionLanguage) else None  # may lie outside the vocabulary
+    real = ids[ids != placed] if isinstance(ids, np.ndarray) and placed is not None else ids
+    if isinstance(real, np.ndarray) and real.size and (real.min() < 0 or real.max() >= spec.vocab):
+        low, high = real.min(), real.max()
+        raise ValueError(f"input_ids must be in 0..{spec.vocab - 1}, found {low}..{high}; wrong tokenizer?")
+    return ids, mask
 
 
 def _integers(name: str, x: Any) -> Any:

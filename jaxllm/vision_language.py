@@ -33,6 +33,7 @@ class Pixels(TypedDict, total=False):
     """Images and videos as the reference's processors give them; see `jaxllm.nn.patch.cut` for their shapes.
 
     second_per_grid_ts: float [videos], the seconds between two steps of frames (Qwen2.5-VL); 1 each when left out.
+    mm_token_type_ids: int [B, T], 1 at image tokens, 2 at video tokens; not needed, and checked.
     """
 
     pixel_values: ArrayLike | None
@@ -40,6 +41,7 @@ class Pixels(TypedDict, total=False):
     pixel_values_videos: ArrayLike | None
     video_grid_thw: ArrayLike | None
     second_per_grid_ts: ArrayLike | None
+    mm_token_type_ids: ArrayLike | None
 
 
 @struct.dataclass
@@ -127,6 +129,11 @@ def prepare(
     videos = _patched(spec, pixels, "pixel_values_videos", "video_grid_thw")
     for token, patched, name in ((spec.image_token, images, "image"), (spec.video_token, videos, "video")):
         _check_count(spec, ids, token, patched, name)
+    kinds, stated = (ids == spec.image_token) + 2 * (ids == spec.video_token), pixels.get("mm_token_type_ids")
+    if stated is not None and not np.array_equal(np.asarray(stated), kinds):
+        raise ValueError(
+            "mm_token_type_ids differ from where input_ids has images (1) and videos (2); leave it out"
+        )
     plain = inputs(jnp.asarray(ids, jnp.int32), None if mask is None else jnp.asarray(mask, jnp.int32))
     if not spec.mrope:
         return plain, Media(images, videos)
