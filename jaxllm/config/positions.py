@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,8 +96,8 @@ class Rope:
     restart: bool = False
 
     def width(self, head_dim: int) -> int:
-        """How many of a head's dimensions are rotated."""
-        return round(head_dim * self.fraction)
+        """How many of a head's dimensions are rotated: what is whole of head_dim * fraction, as the reference counts."""
+        return math.floor(head_dim * self.fraction + 1e-6)
 
 
 @dataclass(frozen=True)
