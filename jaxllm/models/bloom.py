@@ -33,7 +33,6 @@ ARCHITECTURES = ("BloomForCausalLM",)
 PREFIX = "transformer."
 
 TRAINING = "attention_softmax_in_fp32 masked_softmax_fusion bias_dropout_fusion skip_bias_add skip_bias_add_qkv"
-SLICED = "pretraining_tp slow_but_exact offset_alibi"  # products by slices: the same up to rounding
 FIELDS = Fields(
     read={
         "vocab_size": 250_880,
@@ -45,8 +44,8 @@ FIELDS = Fields(
         "apply_residual_connection_post_layernorm": False,
         "tie_word_embeddings": True,
     },
-    only={"n_inner": (None,)},
-    ignored=frozenset(f"{TRAINING} {SLICED}".split()),
+    only={"n_inner": (None,), "slow_but_exact": (False,)},  # "exact" products leave out biases
+    ignored=frozenset({"pretraining_tp", "offset_alibi", *TRAINING.split()}),
     aliases={"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
 )
 
@@ -87,7 +86,7 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
     """The inverse of `from_hf`."""
     block, attn, _, layer_norm = first_layer(MODEL_TYPE, spec, MLP)
     values = (spec.vocab, spec.dim, spec.layers, attn.heads, spec.context, layer_norm.eps)
-    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS, (*values, block.place == "normed", spec.tied))
+    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS.read, (*values, block.place == "normed", spec.tied))
 
 
 def names(spec: Transformer) -> list[Rule]:

@@ -31,12 +31,6 @@ def falcon_7b() -> Transformer:
     return published(from_hf, "falcon_7b", model_type=MODEL_TYPE)
 
 
-def falcon_40b() -> Transformer:
-    """41,303,293,952 parameters, tied: 8 groups, two norms per layer."""
-    shape = {"hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128, "num_kv_heads": 8}
-    return published(from_hf, "falcon_40b", model_type=MODEL_TYPE, new_decoder_architecture=True, **shape)
-
-
 def falcon_rw_1b() -> Transformer:
     """1,311,625,216 parameters, tied: ALiBi, biases, one branch after the other. Slopes are added once."""
     shape = {"vocab_size": 50_304, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32}
@@ -50,27 +44,25 @@ MODEL_TYPE = "falcon"
 ARCHITECTURES = ("FalconForCausalLM",)
 PREFIX = "transformer."
 
+SHAPE = {
+    "vocab_size": 65_024,
+    "hidden_size": 4544,
+    "ffn_hidden_size": None,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 71,
+    "num_kv_heads": None,
+    "activation": "gelu",
+    "max_position_embeddings": 2048,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "new_decoder_architecture": False,
+    "multi_query": True,
+    "parallel_attn": True,
+    "num_ln_in_parallel_attn": None,
+    "bias": False,
+}
 FIELDS = Fields(
-    read={
-        "vocab_size": 65_024,
-        "hidden_size": 4544,
-        "ffn_hidden_size": None,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 71,
-        "num_kv_heads": None,
-        "activation": "gelu",
-        "max_position_embeddings": 2048,
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-        "new_decoder_architecture": False,
-        "multi_query": True,
-        "parallel_attn": True,
-        "num_ln_in_parallel_attn": None,
-        "bias": False,
-        "alibi": False,
-        "attn_implementation": "eager",
-        "rope_parameters": None,
-    },
+    read=SHAPE | {"alibi": False, "attn_implementation": "eager", "rope_parameters": None},
     nullable=frozenset({"new_decoder_architecture", "multi_query", "parallel_attn", "bias", "alibi"}),
     only={"apply_residual_connection_post_layernorm": (False,)},
     aliases={"n_embed": "hidden_size"},
@@ -144,23 +136,15 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
     norms = {"parallel": 2, "shared": 1}.get(block.place)
     match attn.position:
         case Alibi(scale=scale):
-            positions: tuple[Any, ...] = (True, "eager" if scale > 1.5 * attn.head_dim**-0.5 else "sdpa", None)
+            once = scale == attn.head_dim**-0.5
+            positions: dict[str, Any] = {"alibi": True, "attn_implementation": "sdpa" if once else "eager"}
         case Rope() as rope:
-            positions = (False, "eager", rope_to(rope))
+            positions = {"alibi": False, "rope_parameters": rope_to(rope)}
         case _:
             raise foreign(MODEL_TYPE, spec)
     values = (spec.vocab, spec.dim, ffn.hidden, spec.layers, attn.heads, attn.kv_heads, activation_to(ffn.act))
-    values += (
-        spec.context,
-        layer_norm.eps,
-        spec.tied,
-        new,
-        attn.kv_heads == 1,
-        block.place != "pre",
-        norms,
-        attn.qkv_bias,
-    )
-    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS, values + positions)
+    values += (spec.context, layer_norm.eps, spec.tied, new, attn.kv_heads == 1, block.place != "pre", norms)
+    return written(MODEL_TYPE, ARCHITECTURES[0], SHAPE, (*values, attn.qkv_bias)) | positions
 
 
 def names(spec: Transformer) -> list[Rule]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from jaxllm.config import GLU, GQA, MLP, Block, LayerNorm, Transformer
 from jaxllm.convert.rules import Rule, Unused
-from jaxllm.models.common import Config, Fields, Row, foreign, layers_of, table
+from jaxllm.models.common import Config, Row, foreign, layers_of, table
 from jaxllm.models.rope import modern
 
 Rows = tuple[Row, ...]
@@ -101,6 +101,6 @@ def first_layer(family: str, spec: Transformer, kind: type[F]) -> tuple[Block, G
     return block, block.attn, block.ffn, block.norm
 
 
-def written(model_type: str, architecture: str, fields: Fields, values: tuple[Any, ...]) -> dict[str, Any]:
-    """A config.json of `values`, in the order of `fields.read`."""
-    return {"model_type": model_type, "architectures": [architecture]} | dict(zip(fields.read, values, strict=True))
+def written(model_type: str, architecture: str, fields: Config, values: tuple[Any, ...]) -> dict[str, Any]:
+    """A config.json of `values`, in the order of `fields`."""
+    return {"model_type": model_type, "architectures": [architecture]} | dict(zip(fields, values, strict=True))

@@ -88,7 +88,7 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
     values += (layer_norm.eps, spec.tied, block.place == "parallel", attn.qkv_bias)
     values += (rope_to(rope) | {"partial_rotary_factor": rope.fraction},)
     own = {"rotary_pct": rope.fraction, "rotary_emb_base": rope.theta}
-    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS, values) | own
+    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS.read, values) | own
 
 
 def names(spec: Transformer) -> list[Rule]:

@@ -84,7 +84,7 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
     rotated = rope_of(MODEL_TYPE, spec, attn).width(attn.head_dim)
     values = (spec.vocab, spec.context, spec.dim, spec.layers, attn.heads, ffn.hidden, rotated)
     values += (activation_to(ffn.act), layer_norm.eps, spec.tied)
-    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS, values)
+    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS.read, values)
 
 
 def names(spec: Transformer) -> list[Rule]:

@@ -96,7 +96,7 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
     _, attn, _, layer_norm = first_layer(MODEL_TYPE, spec, MLP)
     values = (spec.vocab, spec.dim, attn.heads, spec.layers, spec.context, layer_norm.eps, spec.tied)
     values += ({"clip_qkv": attn.clip, "softmax_scale": attn.scale},)
-    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS, values)
+    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS.read, values)
 
 
 def names(spec: Transformer) -> list[Rule]:

@@ -102,7 +102,7 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
     before, width = block.place == "pre", spec.embed.dim or spec.dim
     values = (spec.vocab, spec.dim, ffn.hidden, spec.layers, attn.heads, spec.context, activation_to(ffn.act), width)
     values += (before, before and spec.norm is None, attn.qkv_bias, layer_norm.scale, spec.tied)
-    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS, values)
+    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS.read, values)
 
 
 def names(spec: Transformer) -> list[Rule]:

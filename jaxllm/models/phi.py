@@ -83,7 +83,7 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
     values = (spec.vocab, spec.dim, ffn.hidden, spec.layers, attn.heads, attn.kv_heads, attn.head_dim)
     values += (activation_to(ffn.act), spec.context, layer_norm.eps, spec.tied, attn.qk_norm is not None)
     values += (rope_to(rope) | {"partial_rotary_factor": rope.fraction},)
-    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS, values)
+    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS.read, values)
 
 
 def names(spec: Transformer) -> list[Rule]:

@@ -36,10 +36,11 @@ PHI3 = {
     "sliding_window": None,
     ORIGINAL: 4096,
 }
-PLAIN = ("attention_bias", "mlp_bias", "lm_head_bias")
+PLAIN: dict[str, tuple[bool, ...]] = dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False,))
+DENSE: dict[str, tuple[int, ...]] = dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,))
 FIELDS = Fields(
     read=SHAPE | PHI3,
-    only=dict.fromkeys(PLAIN, (False,)) | dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,)),
+    only={**PLAIN, **DENSE},
 )
 
 

@@ -14,11 +14,13 @@ from jaxllm.config import (
     MLP,
     And,
     Attention,
+    BigBird,
     Block,
     Cross,
     DynamicNTK,
     Llama3,
     Local,
+    Longformer,
     LongRope,
     MoE,
     Or,
@@ -106,13 +108,11 @@ PRESETS: dict[str, Callable[[], Transformer]] = {
         gpt_neox.pythia_160m,
         phi3.phi3_mini,
         falcon.falcon_7b,
-        falcon.falcon_40b,
         falcon.falcon_rw_1b,
         bloom.bloom_560m,
         gptj.gptj_6b,
         phi.phi2,
         stablelm.stablelm2_16b,
-        stablelm.stablelm2_12b,
         starcoder2.starcoder2_3b,
         mpt.mpt_7b,
         opt.opt_125m,
@@ -131,6 +131,8 @@ def toy(spec: Transformer, *, dim: int = 48, vocab: int = 97, window: int = 5, r
         match pattern:
             case Local():
                 return Local(window)
+            case BigBird():
+                return replace(pattern, block=2)
             case And(left, right):
                 return And(shrink(left), shrink(right))
             case Or(left, right):
@@ -140,7 +142,8 @@ def toy(spec: Transformer, *, dim: int = 48, vocab: int = 97, window: int = 5, r
 
     def small(block: Block) -> Block:
         cross = block.cross if block.cross is None else Cross(_small_gqa(block.cross.attn), dim)
-        attn = replace(_small_attention(block.attn), pattern=shrink(block.attn.pattern))
+        attn = _small_attention(block.attn, window)
+        attn = attn if isinstance(attn, Longformer) else replace(attn, pattern=shrink(attn.pattern))
         return replace(block, attn=attn, ffn=_small_ffn(block.ffn), cross=cross)
 
     stacks = tuple(Stack(tuple(map(small, s.pattern)), min(repeats, s.repeats)) for s in spec.stacks)
@@ -154,8 +157,10 @@ def toy(spec: Transformer, *, dim: int = 48, vocab: int = 97, window: int = 5, r
     return replace(spec, vocab=vocab, dim=dim, stacks=stacks, context=64, embed=embed, name=f"toy_{spec.name}")
 
 
-def _small_attention(attn: Attention) -> Attention:
+def _small_attention(attn: Attention, window: int) -> Attention:
     match attn:
+        case Longformer():
+            return Longformer(4, 16, window - 1)
         case GQA():
             return _small_gqa(attn)
         case MLA():

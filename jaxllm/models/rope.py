@@ -37,6 +37,8 @@ def modern(config: Config) -> dict[str, Any]:
     sources = [given, scaling, *(one for one in loose if None not in one.values())]
     merged: dict[str, Any] = {}
     for source in sources:
+        if "rope_type" in source:
+            source.pop("type", None)  # its older name, which then is not read
         for name, given_value in source.items():
             key = "rope_type" if name == "type" else name
             value = "default" if (key, given_value) == ("rope_type", "mrope") else given_value  # has `mrope_section`
@@ -62,6 +64,8 @@ def classic(config: Config) -> dict[str, Any]:
                 return out | {"rope_parameters": config["rope_parameters"]}  # transformers 4 cannot say it
             out["rope_local_base_freq"] = local["rope_theta"]
         out |= {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        if rope.get("rope_type") == "longrope":
+            rope["type"] = rope.pop("rope_type")  # Phi-3 reads it by the older name alone
         out["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
     if isinstance(out.get("text_config"), Mapping):
         out["text_config"] = classic(out["text_config"])

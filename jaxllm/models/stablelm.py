@@ -20,13 +20,6 @@ def stablelm2_16b() -> Transformer:
     return published(from_hf, "stablelm2_16b", model_type=MODEL_TYPE, use_qkv_bias=True, **shape)
 
 
-def stablelm2_12b() -> Transformer:
-    """12,143,605,760 parameters: computed from the published config. Parallel, each head's q and k normalised."""
-    shape = {"hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 40, "vocab_size": 100_352}
-    kind = {"num_key_value_heads": 8, "qk_layernorm": True, "use_parallel_residual": True}
-    return published(from_hf, "stablelm2_12b", model_type=MODEL_TYPE, **shape, **kind)
-
-
 # ------------------------------------------------------------------------------------------------- published format
 
 MODEL_TYPE = "stablelm"
@@ -80,7 +73,7 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
     values = (spec.vocab, spec.dim, ffn.hidden, spec.layers, attn.heads, attn.kv_heads, activation_to(ffn.act))
     values += (spec.context, layer_norm.eps, spec.tied, attn.qkv_bias, attn.qk_norm is not None)
     values += (block.place == "shared", rope_to(rope) | {"partial_rotary_factor": rope.fraction})
-    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS, values)
+    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS.read, values)
 
 
 def names(spec: Transformer) -> list[Rule]:

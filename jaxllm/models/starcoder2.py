@@ -74,7 +74,7 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
     values = (spec.vocab, spec.dim, ffn.hidden, spec.layers, attn.heads, attn.kv_heads, attn.head_dim)
     values += (activation_to(ffn.act), spec.context, layer_norm.eps, spec.tied, ffn.bias, window)
     values += (rope_to(rope_of(MODEL_TYPE, spec, attn)),)
-    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS, values)
+    return written(MODEL_TYPE, ARCHITECTURES[0], FIELDS.read, values)
 
 
 def names(spec: Transformer) -> list[Rule]:
