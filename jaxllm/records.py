@@ -63,6 +63,8 @@ class Inputs:
     window_BT: int32 [B, T], takes the segment's place in layers that are `windowed`.
     type_BT: int32 [B, T], which of two sentences a token is of (BERT); None: the first.
     memory: for models with cross-attention.
+    global_BG: int32 [B, G], slots of the tokens that see and are seen everywhere (`config.Longformer`); T or more where
+        a row has fewer of them.
     """
 
     tokens_BT: Int[Array, "B T"] | None
@@ -74,6 +76,7 @@ class Inputs:
     type_BT: Int[Array, "B T"] | None = None
     window_BT: Int[Array, "B T"] | None = None
     memory: Memory | None = None
+    global_BG: Int[Array, "B G"] | None = None
 
 
 def inputs(

@@ -10,7 +10,7 @@ import jaxllm
 ROOT = Path(jaxllm.__file__).parent
 ROOMS = [
     "config", "serial", "host", "params", "leaves", "sharding", "runtime", "records", "cache", "kernels", "nn", "rules",
-    "transformer", "encoder_decoder", "vision", "two_tower", "vision_language", "flax_model", "architectures", "flops", "models", "experiment", "data", "convert", "objectives",
+    "transformer", "encoder_decoder", "vision", "two_tower", "vision_language", "flax_model", "architectures", "apply", "flops", "models", "experiment", "data", "convert", "objectives",
     "decode", "train", "model", "plan", "doctor", "cli",
 ]  # fmt: skip
 

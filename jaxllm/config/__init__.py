@@ -11,7 +11,7 @@ Dimension key, used in every array name and einsum of the project:
     P pages
 """
 
-from jaxllm.config.attention import GQA, MLA, Attention, QKNorm
+from jaxllm.config.attention import GQA, MLA, Attention, Longformer, QKNorm
 from jaxllm.config.compound import EncoderDecoder
 from jaxllm.config.ffn import FFN, GLU, MLP, Activation, MoE, Router
 from jaxllm.config.models import (
@@ -27,7 +27,23 @@ from jaxllm.config.models import (
     deepnorm,
 )
 from jaxllm.config.norms import LayerNorm, Norm, RMSNorm
-from jaxllm.config.patterns import And, Causal, Full, Local, Or, Pattern
+from jaxllm.config.patterns import (
+    And,
+    BigBird,
+    Blocks,
+    Causal,
+    Columns,
+    Dilated,
+    Fixed,
+    Full,
+    GlobalTokens,
+    Local,
+    Or,
+    Pattern,
+    RandomBlocks,
+    Rows,
+    Strided,
+)
 from jaxllm.config.positions import (
     NTK,
     Alibi,
@@ -67,14 +83,20 @@ __all__ = [
     "Alibi",
     "And",
     "Attention",
+    "BigBird",
     "Block",
+    "Blocks",
     "Causal",
     "Classifier",
+    "Columns",
     "Cross",
+    "Dilated",
     "DynamicNTK",
     "Embedding",
     "EncoderDecoder",
+    "Fixed",
     "Full",
+    "GlobalTokens",
     "LMHead",
     "LayerNorm",
     "Learned",
@@ -82,6 +104,7 @@ __all__ = [
     "Llama3",
     "Local",
     "LongRope",
+    "Longformer",
     "Merger",
     "MoE",
     "Norm",
@@ -93,13 +116,16 @@ __all__ = [
     "QFormer",
     "QKNorm",
     "RMSNorm",
+    "RandomBlocks",
     "RelativeBias",
     "Resampler",
     "Rope",
     "Router",
+    "Rows",
     "Scaling",
     "Sinusoidal",
     "Stack",
+    "Strided",
     "Transform",
     "Transformer",
     "TwoTower",

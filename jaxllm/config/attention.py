@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxllm.config.norms import Norm
-from jaxllm.config.patterns import Full, Pattern
+from jaxllm.config.patterns import Full, Local, Pattern
 from jaxllm.config.positions import Position, Rope
 
 
@@ -81,6 +81,28 @@ class MLA:
         _check_rotated(self.position, self.rope_dim)
 
 
+@dataclass(frozen=True)
+class Longformer:
+    """Windowed attention with global tokens chosen per input (Beltagy et al. 2020, §3.1): for encoders.
+
+    A token sees those at most `reach` away, and all global ones. A global token sees everything, through queries, keys
+    and values of its own (`q_global` ...). Heads are not grouped; all projections have biases.
+    """
+
+    heads: int
+    head_dim: int
+    reach: int
+
+    def __post_init__(self) -> None:
+        if self.reach < 1:
+            raise ValueError(f"Longformer: reach={self.reach} must be at least 1, half of the published window")
+
+    @property
+    def pattern(self) -> Pattern:
+        """What tokens see that are not global."""
+        return Local(self.reach + 1)
+
+
 def _check_rotated(position: Position | None, width: int) -> None:
     if isinstance(position, Rope) and position.width(width) not in range(2, width + 1, 2):
         raise ValueError(
@@ -89,4 +111,4 @@ def _check_rotated(position: Position | None, width: int) -> None:
         )
 
 
-Attention = GQA | MLA
+Attention = GQA | MLA | Longformer

@@ -36,6 +36,124 @@ class Local(_Algebra):
 
 
 @dataclass(frozen=True)
+class Dilated(_Algebra):
+    """A window with gaps: distances that are multiples of `step`, fewer than `window` on a side (Longformer)."""
+
+    window: int
+    step: int
+
+    def __post_init__(self) -> None:
+        _positive(self, self.window, self.step)
+
+
+@dataclass(frozen=True)
+class Strided(_Algebra):
+    """Distances below `stride`, and its multiples (Sparse Transformer, Child et al. 2019, §4.2; there with Causal)."""
+
+    stride: int
+
+    def __post_init__(self) -> None:
+        _positive(self, self.stride)
+
+
+@dataclass(frozen=True)
+class Fixed(_Algebra):
+    """The query's own block of `stride` slots, the last `summary` slots of every block (Child et al. 2019, §4.2)."""
+
+    stride: int
+    summary: int
+
+    def __post_init__(self) -> None:
+        _positive(self, self.stride, self.summary)
+        if self.summary > self.stride:
+            raise ValueError(f"Fixed: summary={self.summary} must be at most stride={self.stride}")
+
+
+@dataclass(frozen=True)
+class Blocks(_Algebra):
+    """Slots in blocks of `size`: those of the query's own block and of `around` blocks on either side."""
+
+    size: int
+    around: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, self.size)
+
+
+@dataclass(frozen=True)
+class RandomBlocks(_Algebra):
+    """Of a row of `length` slots in blocks of `size`, `count` key blocks drawn for each query block (BigBird).
+
+    Draws are a hash of the block's number and `seed`: the same on every device. They may coincide.
+    """
+
+    size: int
+    count: int
+    length: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, self.size, self.count, self.length)
+
+
+@dataclass(frozen=True)
+class Rows(_Algebra):
+    """Queries start <= q < stop see every key."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Columns(_Algebra):
+    """Keys start <= k < stop are seen by every query."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class GlobalTokens(_Algebra):
+    """The first `count` slots see every key and are seen by every query."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        _positive(self, self.count)
+
+
+@dataclass(frozen=True)
+class BigBird(_Algebra):
+    """BigBird (Zaheer et al. 2020, §2), which depends on the row's length n (`jaxllm.kernels.bigbird.at_length`).
+
+    In blocks of `block` slots: the first and the last block see and are seen everywhere, every other one sees its
+    neighbours and `random` blocks. Rows of at most (5 + 2 random) blocks are seen whole.
+    seed None: as the published implementation does when it does not train, the first block stands in for all random
+    ones, so that its keys count 1 + random times for the queries between the first and the last block.
+    """
+
+    block: int
+    random: int
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, self.block)
+
+    def whole(self, length: int) -> bool:
+        """Whether a row of `length` slots is too short for the pattern."""
+        return length <= (5 + 2 * self.random) * self.block
+
+    def copies(self, length: int) -> int:
+        """How many keys count once more, of the first block again and again."""
+        return 0 if self.whole(length) or self.seed is not None else self.random * self.block
+
+
+def _positive(pattern: object, *values: int) -> None:
+    if min(values) < 1:
+        raise ValueError(f"{pattern}: every number must be at least 1")
+
+
+@dataclass(frozen=True)
 class And(_Algebra):
     """Pairs that both patterns allow."""
 
@@ -51,4 +169,19 @@ class Or(_Algebra):
     right: Pattern
 
 
-Pattern = Full | Causal | Local | And | Or
+Pattern = (
+    Full
+    | Causal
+    | Local
+    | Dilated
+    | Strided
+    | Fixed
+    | Blocks
+    | RandomBlocks
+    | Rows
+    | Columns
+    | GlobalTokens
+    | BigBird
+    | And
+    | Or
+)

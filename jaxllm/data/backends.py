@@ -179,6 +179,13 @@ class HuggingFace:
         with_template = self._parsing.encode("a", add_special_tokens=True).ids
         return with_template[:1] != self._parsing.encode("a", add_special_tokens=False).ids[:1]
 
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What the file's template puts before and after a text."""
+        plain, framed = (self._parsing.encode("a", add_special_tokens=wanted).ids for wanted in (False, True))
+        at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
+        return framed[:at], framed[at + len(plain) :]
+
     def token_id(self, token: str) -> int | None:
         """The id of a token by its text, None when the vocabulary lacks it."""
         return self._parsing.token_to_id(token)

@@ -52,6 +52,11 @@ class Tokenizer:
         """Control tokens, text -> id."""
         return self.backend.special
 
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Ids that stand before and after one whole text for an encoder: [CLS] and [SEP], bos."""
+        return self.backend.frame if isinstance(self.backend, HuggingFace) else (self._prefix(self.add_bos), [])
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of everything that decides ids; the chat template is left out."""

@@ -7,23 +7,16 @@ for combinations. A new pattern is one more case in `allowed` and one in `block_
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxllm import config
+from jaxllm.kernels import sparse
+from jaxllm.kernels.sparse import Kind, kind
 
 Slots = Any  # an int, a numpy or a jax integer array; operands broadcast against each other
-
-
-class Kind(IntEnum):
-    """What a block of slots holds; the order is the truth order of the logic."""
-
-    EMPTY = 0
-    MIXED = 1
-    FULL = 2
 
 
 class Blocks(NamedTuple):
@@ -46,18 +39,29 @@ def allowed(pattern: config.Pattern, q_slot: Slots, k_slot: Slots) -> Any:
     """Whether each query slot may see each key slot: bool, of the operands' broadcast shape (numpy or jax)."""
     match pattern:
         case config.Full():
-            return (q_slot >= k_slot) | True
+            found = (q_slot >= k_slot) | True
         case config.Causal():
-            return q_slot >= k_slot
+            found = q_slot >= k_slot
         case config.Local(window):
             distance = q_slot - k_slot
-            return (distance < window) & (distance > -window)
+            found = (distance < window) & (distance > -window)
+        case config.Dilated() | config.Strided() | config.Fixed() | config.Blocks() | config.RandomBlocks():
+            found = sparse.allowed(pattern, q_slot, k_slot)
+        case config.Rows(start, stop):
+            found = (q_slot >= start) & (q_slot < stop) & (k_slot >= 0)
+        case config.Columns(start, stop):
+            found = (k_slot >= start) & (k_slot < stop) & (q_slot >= 0)
+        case config.GlobalTokens(count):
+            found = (q_slot < count) | (k_slot < count)
+        case config.BigBird():
+            raise ValueError(f"{pattern} depends on the row's length; take kernels.bigbird.at_length(pattern, length)")
         case config.And(left, right):
-            return allowed(left, q_slot, k_slot) & allowed(right, q_slot, k_slot)
+            found = allowed(left, q_slot, k_slot) & allowed(right, q_slot, k_slot)
         case config.Or(left, right):
-            return allowed(left, q_slot, k_slot) | allowed(right, q_slot, k_slot)
+            found = allowed(left, q_slot, k_slot) | allowed(right, q_slot, k_slot)
         case other:
             assert_never(other)
+    return found
 
 
 def block_kind(pattern: config.Pattern, q_lo: Slots, q_hi: Slots, k_lo: Slots, k_hi: Slots) -> Any:
@@ -68,24 +72,31 @@ def block_kind(pattern: config.Pattern, q_lo: Slots, q_hi: Slots, k_lo: Slots, k
     nearest, furthest = q_lo - (k_hi - 1), (q_hi - 1) - k_lo  # the range of q - k, both ends reached
     match pattern:
         case config.Full():
-            return _kind(nearest <= furthest, nearest <= furthest)
+            found = kind(nearest <= furthest, nearest <= furthest)
         case config.Causal():
-            return _kind(furthest >= 0, nearest >= 0)
+            found = kind(furthest >= 0, nearest >= 0)
         case config.Local(window):
             inside = (furthest < window) & (nearest > -window)
-            return _kind((nearest < window) & (furthest > -window), inside)
+            found = kind((nearest < window) & (furthest > -window), inside)
+        case config.Dilated() | config.Strided() | config.Fixed() | config.Blocks() | config.RandomBlocks():
+            found = sparse.block_kind(pattern, (q_lo, q_hi), (k_lo, k_hi))
+        case config.Rows(start, stop):
+            found = kind((q_lo < stop) & (q_hi > start) & (k_lo < k_hi), (q_lo >= start) & (q_hi <= stop))
+        case config.Columns(start, stop):
+            found = kind((k_lo < stop) & (k_hi > start) & (q_lo < q_hi), (k_lo >= start) & (k_hi <= stop))
+        case config.GlobalTokens(count):
+            found = kind((q_lo < count) | (k_lo < count), (q_hi <= count) | (k_hi <= count))
+        case config.BigBird():
+            raise ValueError(f"{pattern} depends on the row's length; take kernels.bigbird.at_length(pattern, length)")
         case config.And(left, right):
             bounds = (q_lo, q_hi, k_lo, k_hi)
-            return np.minimum(block_kind(left, *bounds), block_kind(right, *bounds))
+            found = np.minimum(block_kind(left, *bounds), block_kind(right, *bounds))
         case config.Or(left, right):
             bounds = (q_lo, q_hi, k_lo, k_hi)
-            return np.maximum(block_kind(left, *bounds), block_kind(right, *bounds))
+            found = np.maximum(block_kind(left, *bounds), block_kind(right, *bounds))
         case other:
             assert_never(other)
-
-
-def _kind(some: Any, every: Any) -> Any:
-    return np.asarray(some, np.int32) + np.asarray(every, np.int32)
+    return found
 
 
 def kinds(pattern: config.Pattern, T: int, S: int, block_q: int, block_k: int) -> Int[np.ndarray, "nq nk"]:

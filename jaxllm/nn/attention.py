@@ -1,58 +1,24 @@
-"""Attention layers: projections, positions, and one call of the attention op.
-
-With a cache, the keys are the cache's rows and the call's own new ones. A few query tokens (decoding) score the two
-parts separately under one softmax, so that the cache is read in place; a long chunk (prefill over a cache) joins them
-and takes the memory-O(n) path.
-"""
+"""Attention layers: projections, positions, and one call of the attention op (`jaxllm.nn.attend`)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple, assert_never
+from typing import Any, assert_never
 
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jaxllm.cache import KV
-from jaxllm.config import GQA, MLA, Alibi, Attention, Causal, Cross, Pattern, RelativeBias, Rope
-from jaxllm.kernels.attention import DECODE_QUERIES
-from jaxllm.kernels.attention import attention as attention_op
-from jaxllm.kernels.modifiers import NONE, Modifiers, bias
-from jaxllm.kernels.reference import names, visible
+from jaxllm.config import GQA, MLA, Alibi, Attention, Causal, Cross, Longformer, Pattern, RelativeBias, Rope
+from jaxllm.kernels.modifiers import Modifiers
 from jaxllm.leaves import dense
+from jaxllm.nn.attend import Cached, Given, NewRows, Scoring, attend, self_attend
 from jaxllm.nn.ffn import linear, linear_params
+from jaxllm.nn.longformer import longformer, longformer_params
 from jaxllm.nn.norm import norm, norm_params, qk_norm, qk_norm_params
-from jaxllm.nn.position import Tables, alibi_slopes, rotate
+from jaxllm.nn.position import alibi_slopes, rotate
 from jaxllm.params import Normal, Param, ParamTree
 from jaxllm.records import Inputs, Mask, Memory
-from jaxllm.runtime import Runtime
-from jaxllm.sharding import mesh_sizes, partition
-
-Cached = tuple[KV, Int[Array, ""] | int]  # a stacked cache, and this layer's index in it
-NewRows = tuple[Float[Array, "B K T H"], Float[Array, "B K T h"]]
-
-
-class Given(NamedTuple):
-    """What all layers of a forward share. key: of dropout, None for none."""
-
-    inputs: Inputs
-    tables: Tables
-    runtime: Runtime
-    causal: bool
-    key: Array | None = None
-
-
-class Scoring(NamedTuple):
-    """How scores are made of q and k."""
-
-    pattern: Pattern
-    scale: float
-    softcap: float | None = None
-    modifiers: Modifiers = NONE
 
 
 def attention_params(cfg: Attention, dim: int, gain: float = 1.0) -> ParamTree:
@@ -61,12 +27,15 @@ def attention_params(cfg: Attention, dim: int, gain: float = 1.0) -> ParamTree:
     GQA: q [D, N, H], k and v [D, K, H], o [N, H, D]; q_norm, k_norm if normalised; sinks [N].
     MLA: q [D, N, H], or q_down [D, R], q_norm and q_up [R, N, H]; kv_down [D, R], kv_norm [R], k_rope [D, rope],
     k_up [R, N, nope], v_up [R, N, value], o [N, value, D].
+    Longformer: q, k, v, q_global, k_global, v_global [D, N, H], o [N, H, D], all with biases.
     """
     match cfg:
         case GQA():
             return _gqa_params(cfg, dim, dim, gain)
         case MLA():
             return _mla_params(cfg, dim, gain)
+        case Longformer():
+            return longformer_params(cfg, dim, gain)
         case other:
             assert_never(other)
 
@@ -122,11 +91,13 @@ def attention(
             return _gqa(p, cfg, x_BTD, given, cached)
         case MLA():
             return _mla(p, cfg, x_BTD, given, cached)
+        case Longformer():
+            return longformer(p, cfg, x_BTD, given)
         case other:
             assert_never(other)
 
 
-def _pattern(cfg: Attention, given: Given) -> Pattern:
+def _pattern(cfg: GQA | MLA, given: Given) -> Pattern:
     return Causal() & cfg.pattern if given.causal else cfg.pattern
 
 
@@ -170,7 +141,7 @@ def _modifiers(p: Any, cfg: GQA, given: Given) -> Modifiers:
             return m
 
 
-def scale_of(cfg: Attention) -> float:
+def scale_of(cfg: GQA | MLA) -> float:
     """What scores are multiplied by: `cfg.scale`, or (width of a key)**-0.5."""
     match cfg:
         case GQA(scale=None):
@@ -253,137 +224,3 @@ def _memory_mask(inputs: Inputs, memory: Memory) -> Mask:
         q_segment_BT=inputs.segment_BT if memory.packed else None,
         k_segment_BS=memory.segment_BS,
     )
-
-
-# --------------------------------------------------------------------------------------------------------------- op
-
-
-def self_attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K h"],
-    scoring: Scoring,
-    given: Given,
-    cached: Cached | None,
-) -> Float[Array, "B T N h"]:
-    """Attention of a forward's tokens among themselves, and to the cache's rows when there are any."""
-    if cached is not None:
-        return _attend_cached(q, k, v, scoring, given, cached)
-    inputs = given.inputs
-    mask = Mask(inputs.slot_BT, inputs.slot_BT, query_segments(given), inputs.segment_BT, inputs.prefix_B)
-    return attend(q, k, v, scoring, mask, given.runtime)
-
-
-def query_segments(given: Given) -> Int[Array, "B T"] | None:
-    """Segments of the queries. In an encoder padding asks as if it were of the first document, as in the reference:
-
-    nobody reads its answers but poolers of the first slot.
-    """
-    segment_BT = given.inputs.segment_BT
-    return segment_BT if given.causal or segment_BT is None else jnp.maximum(segment_BT, 1)
-
-
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K h"],
-    scoring: Scoring,
-    mask: Mask,
-    runtime: Runtime,
-) -> Float[Array, "B T N h"]:
-    """The attention op on the context mesh: batch and heads are split by the layout, each device runs the kernel."""
-    backend = resolve_backend(runtime)
-    op = partial(attention_op, pattern=scoring.pattern, scale=scoring.scale, softcap=scoring.softcap, backend=backend)
-
-    def run(q: Array, k: Array, v: Array, mask: Mask, modifiers: Modifiers) -> Array:
-        return op(q, k, v, mask=mask, modifiers=modifiers)
-
-    sizes = mesh_sizes()
-    if backend in ("reference", "chunked") or runtime.layout is None or not sizes:
-        return run(q, k, v, mask, scoring.modifiers)
-
-    def spec(axes: tuple[str | None, ...], x: Array | None) -> Any:
-        return None if x is None else partition(axes, x.shape, runtime.layout, sizes)  # type: ignore[arg-type]
-
-    m = scoring.modifiers
-    specs = (
-        spec(("batch", None, "heads", None), q),
-        spec(("batch", None, "kv_heads", None), k),
-        spec(("batch", None, "kv_heads", None), v),
-        jax.tree.map(lambda x: spec(("batch", *[None] * (x.ndim - 1)), x), mask),
-        replace(
-            m,
-            slopes_N=spec(("heads",), m.slopes_N),
-            table_RN=spec((None, "heads"), m.table_RN),
-            sinks_N=spec(("heads",), m.sinks_N),
-            shift_BT=spec(("batch", None), m.shift_BT),
-        ),
-    )
-    out: PartitionSpec = specs[0]
-    return jax.shard_map(run, in_specs=specs, out_specs=out, check_vma=False)(q, k, v, mask, m)
-
-
-def resolve_backend(runtime: Runtime) -> Any:
-    """ "auto" by the platform that jax computes on."""
-    if runtime.attention != "auto":
-        return runtime.attention
-    return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(jax.default_backend(), "chunked")
-
-
-def _attend_cached(
-    q: Array, k: Array, v: Array, scoring: Scoring, given: Given, cached: Cached
-) -> Float[Array, "B T N h"]:
-    inputs, runtime, (cache, index) = given.inputs, given.runtime, cached
-    if inputs.slot_BT is None:
-        raise ValueError("attention: a forward over a filled cache needs inputs.slot_BT, the slots of the new tokens")
-    if cache.ring and inputs.prefix_B is not None:
-        raise ValueError(
-            "attention: a prefix is seen from everywhere, a ring cache forgets it; init it with ring=False"
-        )
-    segment_BT = jnp.ones_like(inputs.slot_BT) if inputs.segment_BT is None else inputs.segment_BT
-    # XLA on CPU lacks batched dots of two bf16 arrays with a float32 result (UNIMPLEMENTED at run time).
-    few, plain = q.shape[1] <= DECODE_QUERIES, resolve_backend(runtime) in ("reference", "chunked")
-    dtype = jnp.float32 if few and plain else q.dtype
-    old_k = cache.k[index].astype(dtype)
-    old_v = cache.v[index].astype(dtype) if cache.v.shape[-1] else old_k[..., : v.shape[-1]]  # latents: one array
-    old = Mask(inputs.slot_BT, cache.slot_BS, segment_BT, cache.segment_BS, inputs.prefix_B)
-    if few:
-        new = Mask(inputs.slot_BT, inputs.slot_BT, segment_BT, segment_BT, inputs.prefix_B)
-        new_k, new_v = (x.swapaxes(1, 2).astype(dtype) for x in (k, v))
-        return _decode(q, ((old_k, old_v, old), (new_k, new_v, new)), scoring)
-    joined = replace(
-        old,
-        k_slot_BS=jnp.concatenate([cache.slot_BS, inputs.slot_BT], 1),
-        k_segment_BS=jnp.concatenate([cache.segment_BS, segment_BT], 1),
-    )
-    k = jnp.concatenate([old_k.swapaxes(1, 2), k], 1)
-    v = jnp.concatenate([old_v.swapaxes(1, 2), v], 1)
-    return attend(q, k, v, scoring, joined, Runtime(attention="chunked", layout=runtime.layout))
-
-
-def _decode(q_BTNH: Array, parts: tuple[tuple[Array, Array, Mask], ...], scoring: Scoring) -> Float[Array, "B T N h"]:
-    """softmax over the keys of all parts at once; scores are small since T is."""
-    (B, T, N, H), K, m = q_BTNH.shape, parts[0][0].shape[1], scoring.modifiers
-    q_BTKGH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H)
-    q_BTKGH = q_BTKGH.astype(parts[0][0].dtype)
-    scores = []
-    for k, _, mask in parts:
-        s = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32)
-        s = s if scoring.softcap is None else scoring.softcap * jnp.tanh(s / scoring.softcap)
-        at = names(mask, T, k.shape[2])
-        added = bias(m, at.q_slot_BT, at.k_slot_BS, m.shift_BT)
-        s = s if added is None else s + added.reshape(-1, *s.shape[1:])
-        scores.append(jnp.where(visible(scoring.pattern, at)[:, None, None], s, -jnp.inf))
-    tops = [s.max(-1, keepdims=True) for s in scores]
-    if m.sinks_N is not None:
-        sinks = m.sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
-        tops.append(jnp.broadcast_to(sinks, tops[0].shape))
-    top = jnp.maximum(jnp.max(jnp.concatenate(tops, -1), -1, keepdims=True), -1e30)
-    exps = [jnp.exp(s - top) for s in scores]
-    total = sum(e.sum(-1) for e in exps) + (0.0 if m.sinks_N is None else jnp.exp(tops[-1] - top)[..., 0])
-    out = sum(
-        jnp.einsum("BKGTS,BKSH->BTKGH", e.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        for e, (_, v, _) in zip(exps, parts, strict=True)
-    )
-    out = out / jnp.maximum(total, 1e-30).transpose(0, 3, 1, 2)[..., None]
-    return out.astype(q_BTNH.dtype).reshape(B, T, N, -1)

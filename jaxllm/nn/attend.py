@@ -1,0 +1,199 @@
+"""The attention op inside a forward: on the context mesh, with and without a cache.
+
+With a cache, the keys are the cache's rows and the call's own new ones. A few query tokens (decoding) score the two
+parts separately under one softmax, so that the cache is read in place; a long chunk (prefill over a cache) joins them
+and takes the memory-O(n) path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxllm.cache import KV
+from jaxllm.config import BigBird, Pattern
+from jaxllm.kernels.attention import DECODE_QUERIES
+from jaxllm.kernels.attention import attention as attention_op
+from jaxllm.kernels.bigbird import at_length
+from jaxllm.kernels.modifiers import NONE, Modifiers, bias
+from jaxllm.kernels.reference import names, visible
+from jaxllm.nn.position import Tables
+from jaxllm.records import Inputs, Mask
+from jaxllm.runtime import Runtime
+from jaxllm.sharding import mesh_sizes, partition
+
+Cached = tuple[KV, Int[Array, ""] | int]  # a stacked cache, and this layer's index in it
+NewRows = tuple[Float[Array, "B K T H"], Float[Array, "B K T h"]]
+
+
+class Given(NamedTuple):
+    """What all layers of a forward share. key: of dropout, None for none."""
+
+    inputs: Inputs
+    tables: Tables
+    runtime: Runtime
+    causal: bool
+    key: Array | None = None
+
+
+class Scoring(NamedTuple):
+    """How scores are made of q and k."""
+
+    pattern: Pattern
+    scale: float
+    softcap: float | None = None
+    modifiers: Modifiers = NONE
+
+
+def self_attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K h"],
+    scoring: Scoring,
+    given: Given,
+    cached: Cached | None,
+) -> Float[Array, "B T N h"]:
+    """Attention of a forward's tokens among themselves, and to the cache's rows when there are any."""
+    if cached is not None:
+        return _attend_cached(q, k, v, scoring, given, cached)
+    inputs = given.inputs
+    mask = Mask(inputs.slot_BT, inputs.slot_BT, query_segments(given), inputs.segment_BT, inputs.prefix_B)
+    if isinstance(scoring.pattern, BigBird):
+        k, v, mask = _again(scoring.pattern, k, v, mask)
+    return attend(q, k, v, scoring._replace(pattern=at_length(scoring.pattern, q.shape[1])), mask, given.runtime)
+
+
+def _again(pattern: BigBird, k: Array, v: Array, mask: Mask) -> tuple[Array, Array, Mask]:
+    """Keys and values with copies of the first block behind them, where the pattern counts it more than once."""
+    copies, T = pattern.copies(k.shape[1]), k.shape[1]
+    if not copies:
+        return k, v, mask
+    if mask.k_slot_BS is not None:
+        raise ValueError("BigBird: goes by the place in the row; leave inputs.slot_BT out")
+
+    def behind(x: Array) -> Array:
+        return jnp.concatenate([x, *[x[:, : pattern.block]] * (copies // pattern.block)], 1)
+
+    segment = jnp.ones((k.shape[0], T), jnp.int32) if mask.k_segment_BS is None else mask.k_segment_BS
+    return behind(k), behind(v), replace(mask, k_segment_BS=behind(segment))
+
+
+def query_segments(given: Given) -> Int[Array, "B T"] | None:
+    """Segments of the queries. In an encoder padding asks as if it were of the first document, as in the reference:
+
+    nobody reads its answers but poolers of the first slot.
+    """
+    segment_BT = given.inputs.segment_BT
+    return segment_BT if given.causal or segment_BT is None else jnp.maximum(segment_BT, 1)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K h"],
+    scoring: Scoring,
+    mask: Mask,
+    runtime: Runtime,
+) -> Float[Array, "B T N h"]:
+    """The attention op on the context mesh: batch and heads are split by the layout, each device runs the kernel."""
+    backend = resolve_backend(runtime)
+    op = partial(attention_op, pattern=scoring.pattern, scale=scoring.scale, softcap=scoring.softcap, backend=backend)
+
+    def run(q: Array, k: Array, v: Array, mask: Mask, modifiers: Modifiers) -> Array:
+        return op(q, k, v, mask=mask, modifiers=modifiers)
+
+    sizes = mesh_sizes()
+    if backend in ("reference", "chunked") or runtime.layout is None or not sizes:
+        return run(q, k, v, mask, scoring.modifiers)
+
+    def spec(axes: tuple[str | None, ...], x: Array | None) -> Any:
+        return None if x is None else partition(axes, x.shape, runtime.layout, sizes)  # type: ignore[arg-type]
+
+    m = scoring.modifiers
+    specs = (
+        spec(("batch", None, "heads", None), q),
+        spec(("batch", None, "kv_heads", None), k),
+        spec(("batch", None, "kv_heads", None), v),
+        jax.tree.map(lambda x: spec(("batch", *[None] * (x.ndim - 1)), x), mask),
+        replace(
+            m,
+            slopes_N=spec(("heads",), m.slopes_N),
+            table_RN=spec((None, "heads"), m.table_RN),
+            sinks_N=spec(("heads",), m.sinks_N),
+            shift_BT=spec(("batch", None), m.shift_BT),
+        ),
+    )
+    out: PartitionSpec = specs[0]
+    return jax.shard_map(run, in_specs=specs, out_specs=out, check_vma=False)(q, k, v, mask, m)
+
+
+def resolve_backend(runtime: Runtime) -> Any:
+    """ "auto" by the platform that jax computes on."""
+    if runtime.attention != "auto":
+        return runtime.attention
+    return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(jax.default_backend(), "chunked")
+
+
+def _attend_cached(
+    q: Array, k: Array, v: Array, scoring: Scoring, given: Given, cached: Cached
+) -> Float[Array, "B T N h"]:
+    inputs, runtime, (cache, index) = given.inputs, given.runtime, cached
+    if inputs.slot_BT is None:
+        raise ValueError("attention: a forward over a filled cache needs inputs.slot_BT, the slots of the new tokens")
+    if cache.ring and inputs.prefix_B is not None:
+        raise ValueError(
+            "attention: a prefix is seen from everywhere, a ring cache forgets it; init it with ring=False"
+        )
+    segment_BT = jnp.ones_like(inputs.slot_BT) if inputs.segment_BT is None else inputs.segment_BT
+    # XLA on CPU lacks batched dots of two bf16 arrays with a float32 result (UNIMPLEMENTED at run time).
+    few, plain = q.shape[1] <= DECODE_QUERIES, resolve_backend(runtime) in ("reference", "chunked")
+    dtype = jnp.float32 if few and plain else q.dtype
+    old_k = cache.k[index].astype(dtype)
+    old_v = cache.v[index].astype(dtype) if cache.v.shape[-1] else old_k[..., : v.shape[-1]]  # latents: one array
+    old = Mask(inputs.slot_BT, cache.slot_BS, segment_BT, cache.segment_BS, inputs.prefix_B)
+    if few:
+        new = Mask(inputs.slot_BT, inputs.slot_BT, segment_BT, segment_BT, inputs.prefix_B)
+        new_k, new_v = (x.swapaxes(1, 2).astype(dtype) for x in (k, v))
+        return _decode(q, ((old_k, old_v, old), (new_k, new_v, new)), scoring)
+    joined = replace(
+        old,
+        k_slot_BS=jnp.concatenate([cache.slot_BS, inputs.slot_BT], 1),
+        k_segment_BS=jnp.concatenate([cache.segment_BS, segment_BT], 1),
+    )
+    k = jnp.concatenate([old_k.swapaxes(1, 2), k], 1)
+    v = jnp.concatenate([old_v.swapaxes(1, 2), v], 1)
+    return attend(q, k, v, scoring, joined, Runtime(attention="chunked", layout=runtime.layout))
+
+
+def _decode(q_BTNH: Array, parts: tuple[tuple[Array, Array, Mask], ...], scoring: Scoring) -> Float[Array, "B T N h"]:
+    """softmax over the keys of all parts at once; scores are small since T is."""
+    (B, T, N, H), K, m = q_BTNH.shape, parts[0][0].shape[1], scoring.modifiers
+    q_BTKGH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H)
+    q_BTKGH = q_BTKGH.astype(parts[0][0].dtype)
+    scores = []
+    for k, _, mask in parts:
+        s = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32)
+        s = s if scoring.softcap is None else scoring.softcap * jnp.tanh(s / scoring.softcap)
+        at = names(mask, T, k.shape[2])
+        added = bias(m, at.q_slot_BT, at.k_slot_BS, m.shift_BT)
+        s = s if added is None else s + added.reshape(-1, *s.shape[1:])
+        scores.append(jnp.where(visible(scoring.pattern, at)[:, None, None], s, -jnp.inf))
+    tops = [s.max(-1, keepdims=True) for s in scores]
+    if m.sinks_N is not None:
+        sinks = m.sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+        tops.append(jnp.broadcast_to(sinks, tops[0].shape))
+    top = jnp.maximum(jnp.max(jnp.concatenate(tops, -1), -1, keepdims=True), -1e30)
+    exps = [jnp.exp(s - top) for s in scores]
+    total = sum(e.sum(-1) for e in exps) + (0.0 if m.sinks_N is None else jnp.exp(tops[-1] - top)[..., 0])
+    out = sum(
+        jnp.einsum("BKGTS,BKSH->BTKGH", e.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        for e, (_, v, _) in zip(exps, parts, strict=True)
+    )
+    out = out / jnp.maximum(total, 1e-30).transpose(0, 3, 1, 2)[..., None]
+    return out.astype(q_BTNH.dtype).reshape(B, T, N, -1)
