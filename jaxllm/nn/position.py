@@ -219,6 +219,12 @@ def _attentions(stacks: tuple[Stack, ...]) -> Iterator[Attention]:
     return (block.attn for stack in stacks for block in stack.pattern)
 
 
+def by_length(stacks: tuple[Stack, ...]) -> list[DynamicNTK | LongRope]:
+    """Scalings of these stacks that depend on the length of the longest row."""
+    ropes = (attn.position for attn in _attentions(stacks) if isinstance(attn.position, Rope))
+    return [rope.scaling for rope in ropes if isinstance(rope.scaling, DynamicNTK | LongRope)]
+
+
 def relative_bias(stacks: tuple[Stack, ...]) -> tuple[RelativeBias, int] | None:
     """The RelativeBias of these stacks and its number of heads. Raises ValueError when layers have different ones."""
     found = {(a.position, a.heads) for a in _attentions(stacks) if isinstance(a.position, RelativeBias)}
