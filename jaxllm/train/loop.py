@@ -27,7 +27,7 @@ from jaxllm.experiment import Experiment, check_resume, saved
 from jaxllm.flops import peak_flops, train_flops_per_token
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.params import count
-from jaxllm.records import Batch, TrainState
+from jaxllm.records import Batch, Params, TrainState
 from jaxllm.sharding import Layout, make_mesh
 from jaxllm.train.checkpoint import CHECKPOINTS, Checkpointer, restore
 from jaxllm.train.dataset import Dataset, prepare, train_batch
@@ -36,6 +36,7 @@ from jaxllm.train.metrics import MetricsWriter, by_channel, plot
 from jaxllm.train.optimizer import make_optimizer, schedule
 from jaxllm.train.processes import decided_by_first
 from jaxllm.train.progress import Display
+from jaxllm.train.replay import explain
 from jaxllm.train.step import Step, abstract_state, batch_sharding, init_state, make_step
 from jaxllm.transformer import transformer_params
 
@@ -95,7 +96,7 @@ def train(exp: Experiment, console: Console | None = None, options: Options = Op
             metrics = jax.device_get(metrics)
             seconds, tokens = seconds + time.perf_counter() - began, tokens + float(metrics["weight"])
             if metrics["bad_streak"] >= exp.max_bad_steps:
-                raise FloatingPointError(bad_steps_report(exp, i, metrics, setup.data.channels))
+                raise FloatingPointError(bad_steps_report(exp, setup, i, metrics, state.params))
 
             # ----------------------------------------------------------------------------------------- measure
             done, last = i + 1, i + 1 == exp.steps
@@ -226,13 +227,17 @@ def record(exp: Experiment, setup: Setup, i: int, m: dict[str, Any], tokens_per_
     }
 
 
-def bad_steps_report(exp: Experiment, i: int, m: dict[str, Any], channels: tuple[str, ...]) -> str:
-    """Why training stops after `max_bad_steps` steps that were not finite, and what to try."""
-    bad = [name for name, nll in zip(channels, m["channel_nll"], strict=True) if not np.isfinite(nll)]
+def bad_steps_report(exp: Experiment, setup: Setup, i: int, m: dict[str, Any], params: Params) -> str:
+    """Why training stops after `max_bad_steps` steps that were not finite, where it began, and what to try."""
+    bad = [name for name, nll in zip(setup.data.channels, m["channel_nll"], strict=True) if not np.isfinite(nll)]
+    try:
+        fault = explain(exp, params, train_batch(setup.data.train, i, setup.sharding), i)
+    except RuntimeError as error:  # out of memory, most likely: the rest of the report must not be lost
+        fault = f"its replay failed ({str(error).splitlines()[0][:200]})"
     return (
         f"step {i + 1}: {int(m['bad_streak'])} steps in a row had a loss or gradient that is not finite "
         f"(loss {float(m['loss'])}, gradient norm {float(m['grad_norm'])}, channels with a bad loss: {bad or 'none'}); "
-        f"{int(m['skipped'])} were skipped in all, the weights are those of the last good step. Try a lower "
+        f"{fault}. {int(m['skipped'])} were skipped in all, the weights are those of the last good step. Try a lower "
         f"optimizer.peak_lr (now {exp.optimizer.peak_lr}), a longer warm-up, or runtime.compute_dtype=float32; "
         f"the newest checkpoint in {exp.run_dir} is intact"
     )

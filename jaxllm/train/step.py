@@ -158,9 +158,14 @@ def _is_table(p: Param) -> bool:
     return p.axes[0] in ("vocab", "positions") and len(p.axes) == 2
 
 
+def deal(batch: Batch, accumulate: int) -> Batch:
+    """Micro-batches [accumulate, B / accumulate, T]. Rows are dealt out in turn, so that no row changes its device."""
+    return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
 def _accumulated(micro: Any, batch: Batch, key: Array, accumulate: int) -> Any:
-    """The sum of `micro` over micro-batches. Rows are dealt out in turn, so that no row changes its device."""
-    dealt = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    """The sum of `micro` over micro-batches."""
+    dealt = deal(batch, accumulate)
     keys = jax.random.split(key, accumulate)
     shapes = jax.eval_shape(micro, jax.tree.map(lambda x: x[0], dealt), keys[0])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
