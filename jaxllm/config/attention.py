@@ -102,6 +102,11 @@ class Longformer:
         """What tokens see that are not global."""
         return Local(self.reach + 1)
 
+    @property
+    def position(self) -> None:
+        """Positions stand in the embedding."""
+        return None
+
 
 def _check_rotated(position: Position | None, width: int) -> None:
     if isinstance(position, Rope) and position.width(width) not in range(2, width + 1, 2):

@@ -21,11 +21,12 @@ from jaxllm.config import (
     LayerNorm,
     Learned,
     LMHead,
+    Longformer,
     Transform,
     Transformer,
 )
 from jaxllm.convert.rules import Alias, Rule, Unused
-from jaxllm.models.common import Config, Row, activation_from, activation_to, foreign, plain_layer, stacks_of, table
+from jaxllm.models.common import Config, Row, activation_from, activation_to, foreign, layers_of, stacks_of, table
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 30_522,
@@ -62,9 +63,9 @@ def attention(dim: int, heads: int) -> GQA:
 Heads = tuple[bool, tuple[tuple[str, Classifier], ...]]  # whether there is a masked-language-model head; classifiers
 
 
-def heads_of(suffix: str, labels: int, sentence: Transform) -> Heads:
-    """The heads of a class. sentence: what stands before the scores of a whole row."""
-    row = {"labels": Classifier(labels, transform=sentence), "choice": Classifier(1, transform=TANH)}
+def heads_of(suffix: str, labels: int, sentence: Transform, choice: Transform = TANH) -> Heads:
+    """The heads of a class. sentence, choice: what stands before the scores of a whole row."""
+    row = {"labels": Classifier(labels, transform=sentence), "choice": Classifier(1, transform=choice)}
     return {
         "Model": (False, ()),
         "ForMaskedLM": (True, ()),
@@ -142,9 +143,10 @@ def spec_of(c: Config, heads: Heads, attns: Sequence[Attention], embed: Embeddin
 
 def config_of(spec: Transformer, model_type: str) -> dict[str, Any]:
     """The fields of SHAPE and the labels; ValueError for a spec of another shape."""
-    attn, ffn = plain_layer(model_type, spec)
-    norm, position = spec.embed.norm, spec.embed.position
-    if not (isinstance(ffn, MLP) and isinstance(norm, LayerNorm) and isinstance(position, Learned)):
+    block, norm, position = layers_of(spec)[0], spec.embed.norm, spec.embed.position
+    attn, ffn = block.attn, block.ffn
+    known = isinstance(attn, GQA | Longformer) and isinstance(ffn, MLP) and isinstance(norm, LayerNorm)
+    if not known or not isinstance(position, Learned):
         raise foreign(model_type, spec)
     rows = position.length + position.offset
     values = (spec.vocab, spec.dim, spec.layers, attn.heads, ffn.hidden, activation_to(ffn.act), rows)
@@ -242,6 +244,16 @@ def roberta_head(spec: Transformer) -> tuple[Row, ...]:
     )
 
 
+def prefix_of(spec: Transformer, prefix: str) -> str:
+    """What names begin with: nothing without heads."""
+    return "" if spec.head is None and {name for name, _ in spec.classifiers} <= {"pooler"} else prefix
+
+
+def under(prefix: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows with a prefix to their names."""
+    return [(prefix + name, path, layout) for name, path, layout in rows]
+
+
 def names_with(
     spec: Transformer,
     prefix: str,
@@ -251,9 +263,10 @@ def names_with(
     layer: Sequence[Row] = BLOCK,
 ) -> list[Rule]:
     """The table. base: rows under the prefix, which a checkpoint without heads lacks.  decoder: name of the head."""
-    prefix = "" if spec.head is None and {name for name, _ in spec.classifiers} <= {"pooler"} else prefix
-    top = [(prefix + name, path, layout) for name, path, layout in (*EMBED, *base)]
-    rules = table(spec, [*top, *heads], f"{prefix}encoder.layer.{{}}.", layer, head=f"{decoder}.weight")
+    prefix = prefix_of(spec, prefix)
+    rules = table(
+        spec, [*under(prefix, (*EMBED, *base)), *heads], f"{prefix}encoder.layer.{{}}.", layer, head=f"{decoder}.weight"
+    )
     stem = decoder.removesuffix(".decoder")
     spare: list[Rule] = [Alias(f"{decoder}.bias", "head/bias")] if spec.tied else [Unused(f"{stem}.bias")]
     return [*rules, *(spare if spec.head is not None else ()), Unused("*position_ids")]
