@@ -221,8 +221,9 @@ def _attentions(stacks: tuple[Stack, ...]) -> Iterator[Attention]:
 
 def by_length(stacks: tuple[Stack, ...]) -> list[DynamicNTK | LongRope]:
     """Scalings of these stacks that depend on the length of the longest row."""
-    ropes = (attn.position for attn in _attentions(stacks) if isinstance(attn.position, Rope))
-    return [rope.scaling for rope in ropes if isinstance(rope.scaling, DynamicNTK | LongRope)]
+    positions = [attn.position for attn in _attentions(stacks) if isinstance(attn, GQA | MLA)]
+    scalings = [position.scaling for position in positions if isinstance(position, Rope)]
+    return [scaling for scaling in scalings if isinstance(scaling, DynamicNTK | LongRope)]
 
 
 def relative_bias(stacks: tuple[Stack, ...]) -> tuple[RelativeBias, int] | None:
