@@ -11,6 +11,7 @@ from jaxllm.config import EncoderDecoder, Transformer
 from jaxllm.convert.rules import Rule, wanted
 from jaxllm.models import (
     baichuan,
+    bart,
     bert,
     big_bird,
     bloom,
@@ -37,6 +38,7 @@ from jaxllm.models import (
     mistral,
     mixtral,
     mpt,
+    mt5,
     olmo,
     olmo2,
     olmoe,
@@ -53,6 +55,7 @@ from jaxllm.models import (
     smollm3,
     stablelm,
     starcoder2,
+    t5,
 )
 from jaxllm.models.common import layers_of, stacks_of
 from jaxllm.models.rope import modern
@@ -143,6 +146,9 @@ _MODULES: tuple[Family, ...] = (
     opt,
     qwen2_vl,
     qwen2_5_vl,
+    t5,
+    mt5,
+    bart,
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _MODULES}
 
