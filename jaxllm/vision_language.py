@@ -124,7 +124,6 @@ def prepare(
     """
     ids = np.asarray(input_ids)
     mask = None if attention_mask is None else np.asarray(attention_mask) > 0
-    check_context(spec, ids)
     images = _patched(spec, pixels, "pixel_values", "image_grid_thw")
     videos = _patched(spec, pixels, "pixel_values_videos", "video_grid_thw")
     for token, patched, name in ((spec.image_token, images, "image"), (spec.video_token, videos, "video")):
@@ -139,12 +138,6 @@ def prepare(
         return plain, Media(images, videos)
     position, _ = positions(spec, ids, mask, pixels)
     return replace(plain, position_BT=jnp.asarray(position, jnp.int32)), Media(images, videos)
-
-
-def check_context(spec: VisionLanguage, ids: np.ndarray) -> None:
-    """ValueError unless rows are no longer than the model was made for."""
-    if ids.shape[1] > spec.context:
-        raise ValueError(f"input_ids has {ids.shape[1]} tokens, the model a context of {spec.context}; cut it")
 
 
 def _patched(spec: VisionLanguage, pixels: Pixels, values: str, grid: str) -> Patched | None:

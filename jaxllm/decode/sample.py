@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +25,19 @@ from jaxtyping import Array, Float, Int
 from jaxllm import cache
 from jaxllm import params as trees
 from jaxllm.cache import Caches
-from jaxllm.config import Block, Stack, Transformer
+from jaxllm.config import Block, DynamicNTK, Stack, Transformer, VisionLanguage
+from jaxllm.decode.images import see
 from jaxllm.decode.rules import GREEDY, Past, Sampling
 from jaxllm.leaves import Weight, matrix
 from jaxllm.nn.head import lm_head
+from jaxllm.nn.position import by_length
 from jaxllm.records import Inputs, Output, Params
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import constrain, use
 from jaxllm.transformer import block_params, forward, logits, transformer_params
+from jaxllm.vision_language import Pixels
 
-CHUNK = (
-    1024  # prompt tokens fed at once; a longer prompt goes through in a loop, since its rows are as large as its cache
-)
+CHUNK = 1024  # prompt tokens fed at once; a longer one goes through in a loop, since its rows are as large as its cache
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,30 @@ class Program:
 
 @struct.dataclass
 class Feed:
-    """Tokens to put through the model. new_BT: int32, the first count_B[b] are real, at slots start_B[b] onwards."""
+    """Tokens to put through the model. new_BT: int32, the first count_B[b] are real, at slots start_B[b] onwards.
+
+    embeds_BTD: what stands in the tokens' place (text with images in it).  position_ABT: int32, what rotary sees of
+    them.  shift_B: int32, without `position_ABT`: position = slot + shift (M-RoPE counts an image's tokens as fewer).
+    None: the tokens; slots.
+    """
 
     new_BT: Int[Array, "B T"]
     start_B: Int[Array, " B"]
     count_B: Int[Array, " B"]
+    embeds_BTD: Float[Array, "B T D"] | None = None
+    position_ABT: Int[Array, "A B T"] | None = None
+    shift_B: Int[Array, " B"] | None = None
+
+    def part(self, i: Any, width: int) -> Feed:
+        """The i-th chunk of `width` tokens."""
+
+        def of(x: Array | None, axis: int) -> Array | None:
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, i * width, width, axis)
+
+        count_B = jnp.clip(self.count_B - i * width, 0, width)
+        new_BT = jax.lax.dynamic_slice_in_dim(self.new_BT, i * width, width, 1)
+        start_B, embeds_BTD, position_ABT = self.start_B + i * width, of(self.embeds_BTD, 1), of(self.position_ABT, 2)
+        return Feed(new_BT, start_B, count_B, embeds_BTD, position_ABT, self.shift_B)
 
 
 @struct.dataclass
@@ -71,6 +91,7 @@ class State:
     past: all tokens of each row; the last one is not yet in the caches.  cached_B: slots that are.
     logprob_BS: float32, of each token of `past` that was generated, under the model before any rule; 0 for the prompt.
     rules: the state of the logits rules.  key_B: one random key per row.  limit_B: length at which a row ends.
+    shift_B: as in `Feed`.
     """
 
     caches: Caches
@@ -81,6 +102,7 @@ class State:
     key_B: Array
     limit_B: Int[Array, " B"]
     done_B: Array
+    shift_B: Int[Array, " B"] | None = None
 
 
 @struct.dataclass
@@ -103,11 +125,13 @@ class Generation:
 # ------------------------------------------------------------------------------------------------- the public verbs
 
 
-def prepare(params: Params, spec: Transformer, runtime: Runtime) -> Params:
+def prepare(params: Params, spec: Transformer | VisionLanguage, runtime: Runtime) -> Params:
     """The same weights, laid out once for decoding: in the compute dtype and, on a CPU, layer by layer as `Matrix`.
 
     Optional, and idempotent. Costs one copy of the weights, and saves casting (and on CPU copying) them at every token.
     """
+    if isinstance(spec, VisionLanguage):
+        return params | {"text": prepare(params["text"], spec.text, runtime)}
     if runtime.layout is not None or _prepared(params):
         return params
     tree = transformer_params(spec)
@@ -155,7 +179,7 @@ def _prepared(params: Params) -> bool:
 
 
 def generate(
-    spec: Transformer,
+    spec: Transformer | VisionLanguage,
     params: Params,
     prompts: Sequence[Sequence[int]],
     *,
@@ -164,35 +188,46 @@ def generate(
     seeds: int | Sequence[int] = 0,
     eos: Sequence[int] = (),
     runtime: Runtime = Runtime(),
+    **pixels: Unpack[Pixels],
 ) -> Generation:
     """Continue every prompt (lists of ids, of any lengths) by up to `max_new_tokens`, ending a row at any id of `eos`.
 
     seeds: one per row, or a number s for s, s + 1, ...  The same seed and prompt give the same row in any batch.
     Lengths are padded to buckets, so that calls of like size share a compilation.
-    Raises ValueError for an empty prompt, an id outside the vocabulary, or more tokens than `spec.context`.
+    pixels: images of a vision-language model, as `jaxllm.logits` takes them.  Raises ValueError for an empty prompt, an
+    id outside the vocabulary, more tokens than `spec.context`, or images that do not fit their tokens.
     """
     check(spec, prompts, max_new_tokens)
     longest = max(map(len, prompts))
-    spec, params = layered(spec, params)
-    program = Program(spec, runtime, sampling, tuple(eos), bucket(longest + max_new_tokens))
-    state = _generate(program, params, *_start(program, prompts, bucket(longest), seeds, max_new_tokens))
-    return _collect(state, max_new_tokens)
+    text, own = (spec.text, params["text"]) if isinstance(spec, VisionLanguage) else (spec, params)
+    text, own = layered(text, own)
+    program = Program(text, runtime, sampling, tuple(eos), bucket(longest + max_new_tokens))
+    feed, *start = _start(program, prompts, bucket(longest), seeds, max_new_tokens)
+    if isinstance(spec, VisionLanguage):
+        feed = replace(feed, **see(spec, params, runtime, feed.new_BT, feed.count_B, pixels)._asdict())
+    elif pixels:
+        raise ValueError(f"generate: {', '.join(pixels)}: model {spec.name!r} does not see; leave them out")
+    return _collect(_generate(program, own, feed, *start), max_new_tokens)
 
 
-def check(spec: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check(spec: Transformer | VisionLanguage, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """ValueError unless these prompts and their answers fit the model."""
     if not prompts or max_new_tokens < 1:
         raise ValueError(f"generate: wants prompts and max_new_tokens >= 1, got {len(prompts)} and {max_new_tokens}")
+    placed = spec.image_token if isinstance(spec, VisionLanguage) else None  # may lie outside the vocabulary
+    stacks = (spec.text if isinstance(spec, VisionLanguage) else spec).stacks
+    endless = any(isinstance(scaling, DynamicNTK) for scaling in by_length(stacks))  # made for more than `context`
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"generate: prompt {i} has no tokens; start it with the tokenizer's bos id or some text")
-        low, high = min(prompt), max(prompt)
+        text = [token for token in prompt if token != placed] if placed in prompt else prompt
+        low, high = min(text, default=0), max(text, default=0)
         if low < 0 or high >= spec.vocab:
             raise ValueError(
                 f"generate: prompt {i} has ids {low}..{high}, but the vocabulary has 0..{spec.vocab - 1}; "
                 "does this tokenizer belong to the model?"
             )
-        if len(prompt) + max_new_tokens > spec.context:
+        if len(prompt) + max_new_tokens > spec.context and not endless:
             raise ValueError(
                 f"generate: prompt {i} has {len(prompt)} tokens, and with max_new_tokens={max_new_tokens} exceeds the "
                 f"model's context of {spec.context}; shorten the prompt or ask for {spec.context - len(prompt)} at most"
@@ -256,8 +291,12 @@ def run(program: Program, params: Params, caches: Caches, feed: Feed, fresh: boo
     i_1T = jnp.arange(feed.new_BT.shape[1])[None]
     real_BT = i_1T < feed.count_B[:, None]
     slot_BT = feed.start_B[:, None] + i_1T
-    position_BT = jnp.where(real_BT, slot_BT, 0)  # padding has no place: past a learned table it would read NaN
-    given = Inputs(feed.new_BT, position_BT, slot_BT=None if fresh else slot_BT, segment_BT=real_BT.astype(jnp.int32))
+    place_BT = slot_BT if feed.shift_B is None else slot_BT + feed.shift_B[:, None]
+    position = jnp.where(real_BT, place_BT, 0)  # padding has no place: past a learned table it would read NaN
+    position = position if feed.position_ABT is None else feed.position_ABT
+    tokens_BT = feed.new_BT if feed.embeds_BTD is None else None
+    slot_BT, segment_BT = None if fresh else slot_BT, real_BT.astype(jnp.int32)
+    given = Inputs(tokens_BT, position, feed.embeds_BTD, slot_BT, segment_BT)
     runtime = program.runtime
     held = cache.init(program.spec, feed.new_BT.shape[0], 0, runtime.compute_dtype) if fresh else caches
     out = forward(params, program.spec, given, runtime, held)
@@ -271,15 +310,14 @@ def fill(program: Program, params: Params, caches: Caches | None, feed: Feed) ->
     Returns the hidden state of each row's last token [B, D], and the caches.
     """
     B, T = feed.new_BT.shape
-    width = min(T, CHUNK)
+    width = T if by_length(program.spec.stacks) else min(T, CHUNK)  # such rotations must see the whole length
 
     def chunk(i: Any, carry: tuple[Array, Caches], fresh: bool = False) -> tuple[Array, Caches]:
         hidden_BD, caches = carry
-        count_B = jnp.clip(feed.count_B - i * width, 0, width)
-        part = Feed(jax.lax.dynamic_slice_in_dim(feed.new_BT, i * width, width, 1), feed.start_B + i * width, count_B)
+        part = feed.part(i, width)
         last_BD, out = run(program, params, caches, part, fresh)
-        caches = cache.commit(caches, out.rows, part.start_B, count_B)
-        return jnp.where((count_B > 0)[:, None], last_BD, hidden_BD), caches
+        caches = cache.commit(caches, out.rows, part.start_B, part.count_B)
+        return jnp.where((part.count_B > 0)[:, None], last_BD, hidden_BD), caches
 
     held = empty(program, B) if caches is None else caches
     carry = jnp.zeros((B, program.spec.dim), program.runtime.compute_dtype), held
@@ -296,7 +334,7 @@ def begin(
     cached_B, zeros_BS = feed.start_B + feed.count_B, jnp.zeros(past.tokens_BS.shape, jnp.float32)
     keys, done_B = jax.vmap(jax.random.key)(seed_B), jnp.zeros(batch, bool)
     rules = program.sampling.rule.init(past)
-    state = State(caches, past, cached_B, zeros_BS, rules, keys, limit_B, done_B)
+    state = State(caches, past, cached_B, zeros_BS, rules, keys, limit_B, done_B, feed.shift_B)
     return choose(program, params, state, hidden_BD)
 
 
@@ -332,7 +370,7 @@ def advance(program: Program, params: Params, state: State, steps: Int[Array, ""
     def step(carry: tuple[Array, State]) -> tuple[Array, State]:
         i, state = carry
         at_B = state.past.length_B - 1
-        feed = Feed(_last(state.past)[:, None], at_B, jnp.ones_like(at_B))
+        feed = Feed(_last(state.past)[:, None], at_B, jnp.ones_like(at_B), shift_B=state.shift_B)
         hidden_BD, out = run(program, params, state.caches, feed)
         new = choose(program, params, state, hidden_BD)
         seen_B = _last(new.past) >= 0  # always so; it makes the write wait for the token even if nothing else does
