@@ -64,7 +64,8 @@ def self_attend(
         return _attend_cached(q, k, v, scoring, given, cached)
     inputs = given.inputs
     mask = Mask(inputs.slot_BT, inputs.slot_BT, query_segments(given), inputs.segment_BT, inputs.prefix_B)
-    if isinstance(scoring.pattern, BigBird):
+    if isinstance(scoring.pattern, BigBird) and not scoring.pattern.whole(q.shape[1]):
+        mask = replace(mask, q_segment_BT=inputs.segment_BT)
         k, v, mask = _again(scoring.pattern, k, v, mask)
     return attend(q, k, v, scoring._replace(pattern=at_length(scoring.pattern, q.shape[1])), mask, given.runtime)
 
@@ -85,9 +86,10 @@ def _again(pattern: BigBird, k: Array, v: Array, mask: Mask) -> tuple[Array, Arr
 
 
 def query_segments(given: Given) -> Int[Array, "B T"] | None:
-    """Segments of the queries. In an encoder padding asks as if it were of the first document, as in the reference:
+    """Segments of the queries. In an encoder padding asks as if it were of the first document.
 
-    nobody reads its answers but poolers of the first slot.
+    Nobody reads its answers but poolers of the first slot. The reference does so too, but not where attention is sparse
+    (BigBird, Longformer): there padding sees nothing.
     """
     segment_BT = given.inputs.segment_BT
     return segment_BT if given.causal or segment_BT is None else jnp.maximum(segment_BT, 1)

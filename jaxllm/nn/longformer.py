@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxllm.config import Columns, Full, Local, Longformer
-from jaxllm.nn.attend import Given, NewRows, Scoring, attend, query_segments
+from jaxllm.nn.attend import Given, NewRows, Scoring, attend
 from jaxllm.nn.ffn import linear, linear_params
 from jaxllm.params import ParamTree
 from jaxllm.records import Mask
@@ -40,14 +40,14 @@ def longformer(
     rows = (k.swapaxes(1, 2), v.swapaxes(1, 2))
     segment = jnp.ones((B, T), jnp.int32) if given.inputs.segment_BT is None else given.inputs.segment_BT
     if slots is None:
-        mask = Mask(q_segment_BT=query_segments(given), k_segment_BS=given.inputs.segment_BT)
+        mask = Mask(q_segment_BT=given.inputs.segment_BT, k_segment_BS=given.inputs.segment_BT)
         o = attend(q, k, v, Scoring(window, scale), mask, given.runtime)
     else:
         G, at = slots.shape[1], jnp.minimum(slots, T - 1)
         special = (slots[:, :, None] == jnp.arange(T)[None, None]).any(1)
         chosen = jnp.where(slots < T, jnp.take_along_axis(segment, at, 1), 0)
         keys = jnp.concatenate([jnp.where(special, 0, segment), chosen], 1)
-        mask = Mask(q_segment_BT=jnp.maximum(segment, 1), k_segment_BS=keys)
+        mask = Mask(q_segment_BT=segment, k_segment_BS=keys)
         k, v = (jnp.concatenate([x, jnp.take_along_axis(x, at[:, :, None, None], 1)], 1) for x in (k, v))
         o = attend(q, k, v, Scoring((window & Columns(0, T)) | Columns(T, T + G), scale), mask, given.runtime)
         x_BGD = jnp.take_along_axis(x_BTD, at[:, :, None], 1)
