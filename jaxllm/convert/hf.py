@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import jax
@@ -104,21 +105,27 @@ def save_folder(
     does (5 reads it too), "modern" as 5 does.  shard_bytes: the largest safetensors file. The folder appears when it is
     whole. Raises ValueError when no family's config.json expresses the spec exactly, FileExistsError for a used folder.
     """
-    folder = epath.Path(path)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; give a new folder")
     family, config = family_of_spec(spec)
-    dtype = _dtype_of(params)
-    table = family.names(spec)
-    shapes = rules.wanted(table, model_params(spec))
-    config = {"dtype": dtype.name} | _special_ids(tokenizer) | config
+    dtype, table = _dtype_of(params), family.names(spec)
+    with new_folder(path) as folder:
+        shapes = rules.wanted(table, model_params(spec))
+        write_folder(folder, shapes, rules.export(table, params, dtype), dtype, shard_bytes)
+        write_extras(folder, config, dtype, tokenizer, style)
+
+
+@contextmanager
+def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
+    """A temporary folder that gets the name `path` when the block ends well, and is removed when it does not.
+
+    Raises FileExistsError when `path` is a folder that holds something.
+    """
+    folder = epath.Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty; give a new folder")
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        write_folder(temporary, shapes, rules.export(table, params, dtype), dtype, shard_bytes)
-        (temporary / "config.json").write_text(json.dumps(classic(config) if style == "classic" else config, indent=2))
-        if tokenizer is not None:
-            tokenizer.save(temporary)
+        yield temporary
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
@@ -126,6 +133,20 @@ def save_folder(
         if temporary.exists():
             temporary.rmtree()
         raise
+
+
+def write_extras(
+    folder: epath.Path,
+    config: Mapping[str, Any],
+    dtype: np.dtype,
+    tokenizer: Tokenizer | None,
+    style: Literal["classic", "modern"] = "classic",
+) -> None:
+    """config.json in either style, with the tokenizer's special ids, and the tokenizer's files."""
+    whole = {"dtype": dtype.name} | _special_ids(tokenizer) | dict(config)
+    (folder / "config.json").write_text(json.dumps(classic(whole) if style == "classic" else whole, indent=2))
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
 def _dtype_of(params: Any) -> np.dtype:

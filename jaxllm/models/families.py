@@ -187,18 +187,25 @@ def family_of_spec(spec: Spec) -> tuple[Family, dict[str, Any]]:
 
     Exactly: reading the config, and the names of the tensors, gives the spec back. Raises ValueError when none does.
     """
-    alike = [f for f in FAMILIES.values() if isinstance(spec, getattr(f, "SPEC", Transformer))]
-    for family in sorted(alike, key=lambda f: spec.name != f.MODEL_TYPE):
-        try:
-            config = family.to_hf(spec)
-            back = settled(family, family.from_hf(config), wanted(family.names(spec), model_params(spec)))
-        except ValueError:
-            continue
-        if _canonical(back) == _canonical(spec):
+    for family in sorted(FAMILIES.values(), key=lambda f: spec.name != f.MODEL_TYPE):
+        config = expressed(family, spec)
+        if config is not None:
             return family, config
     raise ValueError(
         f"no known family's config.json expresses spec {spec.name!r} exactly; known are {sorted(FAMILIES)}"
     )
+
+
+def expressed(family: Family, spec: Spec) -> dict[str, Any] | None:
+    """The family's config of `spec`, None when there is none that reads back as it."""
+    if not isinstance(spec, getattr(family, "SPEC", Transformer)):
+        return None
+    try:
+        config = family.to_hf(spec)
+        back = settled(family, family.from_hf(config), wanted(family.names(spec), model_params(spec)))
+    except ValueError:
+        return None
+    return config if _canonical(back) == _canonical(spec) else None
 
 
 def _canonical(spec: Any) -> Any:
