@@ -1,8 +1,8 @@
 """Searches block and tile sizes of the TPU kernels with the compiler: the evidence for `kernels/tpu_sizes.py`.
 
-    python benchmarks/attention_blocks.py --tools DIR --topology v5e:2x2 --T 4096       # ~15 CPU minutes
+    python benchmarks/attention_blocks.py --topology v5e:2x2 --T 4096       # ~15 CPU minutes
 
-Prints estimated milliseconds of every candidate, forward and backward, best first. DIR: see `benchmarks/attention.py`.
+Prints estimated milliseconds of every candidate, forward and backward, best first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import json
 import subprocess
 from itertools import product
-from pathlib import Path
 
 from attention import child
 
@@ -25,11 +24,11 @@ def candidates() -> list[list[object]]:
     return [[*block, [*tile, ahead], [*tile, ahead]] for block, tile, ahead in product(BLOCKS, TILES, AHEAD)]
 
 
-def search(tools: Path, topology: str, T: int, heads: list[int]) -> list[tuple[dict[str, float], str]]:
+def search(topology: str, T: int, heads: list[int]) -> list[tuple[dict[str, float], str]]:
     found = []
     for cut in candidates():
         text = json.dumps(cut)
-        cell = ["--tools", str(tools), "--cell", topology, str(T), "--heads", *map(str, heads), "--cut", text]
+        cell = ["--cell", topology, str(T), "--heads", *map(str, heads), "--cut", text]
         try:
             found.append((child(*cell), text))
         except subprocess.CalledProcessError as error:
@@ -41,12 +40,11 @@ def search(tools: Path, topology: str, T: int, heads: list[int]) -> list[tuple[d
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tools", type=Path, required=True)
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--T", type=int, default=4096)
     parser.add_argument("--heads", type=int, nargs=3, default=[8, 8, 128])
     args = parser.parse_args()
-    results = search(args.tools, args.topology, args.T, args.heads)
+    results = search(args.topology, args.T, args.heads)
     for side in ("forward", "backward"):
         print(f"\n{side}, best first:")
         for milliseconds, text in sorted(results, key=lambda result: result[0][side])[:5]:

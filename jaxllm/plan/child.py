@@ -33,8 +33,8 @@ from jaxllm.transformer import transformer_params
 _FIGURES = ("argument_size", "output_size", "alias_size", "temp_size", "generated_code_size")
 
 
-def lower(exp: Experiment, mesh: Mesh) -> Any:
-    """The real train step of `exp`, lowered for the mesh."""
+def trace(exp: Experiment, mesh: Mesh) -> Any:
+    """The real train step of `exp`, traced for the mesh, under which it must be lowered."""
     tree = transformer_params(exp.model)
     optimizer = make_optimizer(exp.optimizer, tree)
 
@@ -45,17 +45,25 @@ def lower(exp: Experiment, mesh: Mesh) -> Any:
     batch = abstract_batch(exp.batch_size, exp.data.context, exp.runtime, mesh)
     step = make_step(loss, optimizer, tree, exp.runtime, accumulate=exp.accumulate, seed=exp.seed)
     with jax.set_mesh(mesh):
-        return step.lower(state, batch)  # type: ignore[attr-defined]
+        return step.trace(state, batch)  # type: ignore[attr-defined]
 
 
-def compile_job(job: Path) -> dict[str, Any]:
-    """What result.json holds for the job in this directory."""
+def read_job(job: Path) -> tuple[Experiment, Mesh]:
+    """What is to be compiled, and for which chips."""
     wanted = json.loads((job / "job.json").read_text())
     exp = saved(wanted["experiment"])
     write(job / "phase", "naming the chips")
     chips = topologies.get_topology_desc(platform="tpu", topology_name=wanted["topology"]).devices
+    return exp, make_mesh(exp.runtime.layout or Layout(), chips)
+
+
+def compile_job(job: Path) -> dict[str, Any]:
+    """What result.json holds for the job in this directory."""
+    exp, mesh = read_job(job)
     write(job / "phase", "tracing the step")
-    lowered = lower(exp, make_mesh(exp.runtime.layout or Layout(), chips))
+    traced = trace(exp, mesh)
+    with jax.set_mesh(mesh):
+        lowered = traced.lower()
     write(job / "phase", "compiling")
     start, cpu = time.monotonic(), time.process_time()
     compiled = lowered.compile()

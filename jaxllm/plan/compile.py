@@ -13,15 +13,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxllm import serial
 from jaxllm.experiment import Experiment
 from jaxllm.params import leaves
+from jaxllm.plan.bundles import flags
+from jaxllm.plan.kernels import Call, call_of
 from jaxllm.plan.topology import Slice, nearest
 from jaxllm.sharding import Layout, storage
 from jaxllm.transformer import transformer_params
@@ -37,6 +40,7 @@ class Compiled:
 
     scheduled: the final program with cycle estimates; None when it does not fit.
     optimised: the program that the buffer assignment and the live ranges speak of.
+    calls: the Pallas calls with their bundles; or, as text, why they cannot be timed.
     code: bytes of machine code.  limit: bytes of HBM the compiler had, known when the program does not fit.
     seconds: of wall clock; cpu_seconds: of all threads, of the compilation alone.
     """
@@ -45,6 +49,7 @@ class Compiled:
     optimised: str
     assignment: str
     ranges: str
+    calls: tuple[Call, ...] | str
     code: int
     limit: int | None
     seconds: float
@@ -98,23 +103,17 @@ def compile_step(
     with tempfile.TemporaryDirectory(prefix="jaxllm-plan-") as name:
         job = Path(name)
         (job / "job.json").write_text(json.dumps({"experiment": serial.dumps(exp), "topology": target.name}))
-        start = time.monotonic()
-        with _child(job) as process:
-            while process.poll() is None:
-                elapsed = time.monotonic() - start
-                if elapsed > time_out:
-                    raise TimeoutError(
-                        f"plan: {_phase(job)} took longer than {time_out:.0f} s; allow more with --timeout SECONDS, "
-                        "or plan with fewer layers first (model.stacks.0.repeats=2)"
-                    )
-                if progress is not None:
-                    progress(_phase(job), elapsed)
-                time.sleep(0.2)
-        return _collect(job, process.returncode, target)
+        watch = partial(_watch, job, time.monotonic(), time_out, progress)
+        dump = f"--xla_dump_to={job / 'dump'} --xla_dump_hlo_as_text"
+        compiled = _collect(job, watch("jaxllm.plan.child", environment(xla_flags=dump)), target)
+        if compiled.scheduled is None or "tpu_custom_call" not in compiled.scheduled:
+            return compiled
+        watch("jaxllm.plan.kernel_child", environment(libtpu_flags=flags(job / "bundles")))
+        return replace(compiled, calls=_calls(job))
 
 
-def environment(dump: Path) -> dict[str, str]:
-    """The child's environment: a TPU compiler that looks for no TPU, and writes its buffer assignment to `dump`."""
+def environment(xla_flags: str = "", libtpu_flags: str = "") -> dict[str, str]:
+    """A child's environment: a TPU compiler that looks for no TPU, and these flags beside the user's own."""
     root = str(Path(__file__).resolve().parents[2])
     ours = {
         "JAX_PLATFORMS": "cpu",
@@ -123,24 +122,53 @@ def environment(dump: Path) -> dict[str, str]:
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text".strip(),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip(),
+        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {libtpu_flags}".strip(),
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", "")))),
     }
     return os.environ | ours
 
 
+def _watch(
+    job: Path, start: float, time_out: float, progress: Progress | None, module: str, env: Mapping[str, str]
+) -> int:
+    """Run a child to its end, telling how it goes; its exit code."""
+    with _child(job, module, env) as process:
+        while process.poll() is None:
+            elapsed = time.monotonic() - start
+            if elapsed > time_out:
+                raise TimeoutError(
+                    f"plan: {_phase(job)} took longer than {time_out:.0f} s; allow more with --timeout SECONDS, "
+                    "or plan with fewer layers first (model.stacks.0.repeats=2)"
+                )
+            if progress is not None:
+                progress(_phase(job), elapsed)
+            time.sleep(0.2)
+    return process.returncode
+
+
 @contextmanager
-def _child(job: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _child(job: Path, module: str, env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """The compiling process; ended with the block, whatever ends it."""
     with (job / "log").open("wb") as log:
-        command = [sys.executable, "-m", "jaxllm.plan.child", str(job)]
-        process = subprocess.Popen(command, env=environment(job / "dump"), stdout=log, stderr=subprocess.STDOUT)
+        command = [sys.executable, "-m", module, str(job)]
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
         try:
             yield process
         finally:
             if process.poll() is None:
                 process.kill()
             process.wait()
+
+
+def _calls(job: Path) -> tuple[Call, ...] | str:
+    """What the second child left: the Pallas calls, or why they cannot be timed."""
+    path = job / "calls.json"
+    if not path.exists():
+        last = (job / "log").read_text(errors="replace").strip().splitlines()[-1:]
+        return f"compiling kernels alone failed: {''.join(last)[:300]}"
+    found = json.loads(path.read_text())
+    return found["error"] if isinstance(found, dict) else tuple(map(call_of, found))
 
 
 def _phase(job: Path) -> str:
@@ -156,12 +184,13 @@ def _collect(job: Path, code: int, target: Slice) -> Compiled:
         if limit is None:
             raise _failure(job, code, result.get("error"), target)
         result = {"memory": {}, "compile_seconds": 0.0, "cpu_seconds": 0.0, "limit": limit}
-    fits = "limit" not in result
+    scheduled = gzip.decompress((job / "hlo.txt.gz").read_bytes()).decode() if "limit" not in result else None
     return Compiled(
-        scheduled=gzip.decompress((job / "hlo.txt.gz").read_bytes()).decode() if fits else None,
+        scheduled=scheduled,
         optimised=_dumped(job, "after_optimizations"),
         assignment=_dumped(job, "after_optimizations-buffer-assignment"),
         ranges=_dumped(job, "after_optimizations-live-range"),
+        calls=(),
         code=result["memory"].get("generated_code_size", 0),
         limit=result.get("limit"),
         seconds=result["compile_seconds"],

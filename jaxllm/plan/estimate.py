@@ -3,14 +3,16 @@
     step seconds = cycles / clock + kernel seconds        collectives are taken as hidden behind the arithmetic
     MFU          = model FLOPs / (step seconds x peak)    model FLOPs: `jaxllm.flops`, without recomputation
 
-Cycles are the compiler's estimates. Pallas kernels have none: their seconds are null, and step seconds then takes
-them at the matrix unit's peak, so that it is a lower bound, and MFU an upper one.
+Cycles are the compiler's estimates. Pallas kernels have none, so their bundles are run (`bundles.py`), for rows of one
+document each. Where that cannot be done their seconds are null, with the reason, and step seconds takes them at the
+matrix unit's peak: then it is a lower bound, and MFU an upper one.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.experiment import Experiment
@@ -18,13 +20,13 @@ from jaxllm.params import leaves
 from jaxllm.plan.compile import Compiled
 from jaxllm.plan.hlo import parse
 from jaxllm.plan.info import info
+from jaxllm.plan.kernels import seconds
 from jaxllm.plan.memory import Memory, Shapes, memory
 from jaxllm.plan.program import Program, program
+from jaxllm.plan.scalar_unit import Undecided
 from jaxllm.plan.topology import Slice
 from jaxllm.sharding import Layout, partition, storage
 from jaxllm.transformer import transformer_params
-
-PALLAS_NOTE = "kernels carry no cycle estimate in the compiled program; the step takes them at the matrix unit's peak"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Plan:
 
     program: None when it does not fit.  limit: bytes of HBM to fit in.
     model_flops, attention_flops: per chip and step, without recomputation.
+    kernel_seconds: of one run of each Pallas kernel.  untimed: why they could not be timed, None when they were.
     """
 
     exp: Experiment
@@ -43,6 +46,8 @@ class Plan:
     model_flops: float
     attention_flops: float
     compiled: Compiled
+    kernel_seconds: Mapping[str, float] = field(default_factory=dict)
+    untimed: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -62,13 +67,23 @@ class Plan:
         return sum(stated) if len(stated) == len(kernels) else self.attention_flops
 
     @property
+    def pallas_seconds(self) -> float | None:
+        """Of all kernels, as often as they run; None when they could not be timed."""
+        if self.program is None or self.untimed is not None:
+            return None
+        return sum(k.count * self.kernel_seconds[k.name] for k in self.program.kernels)
+
+    @property
     def step_seconds(self) -> float | None:
-        """Lower bound of a step's seconds; exact by the compiler's model when there are no kernels."""
-        return None if self.xla_seconds is None else self.xla_seconds + self.kernel_flops / self.target.chip.peak
+        """XLA's and the kernels' seconds; a lower bound when these could not be timed."""
+        if self.xla_seconds is None:
+            return None
+        at_peak = self.kernel_flops / self.target.chip.peak
+        return self.xla_seconds + (at_peak if self.pallas_seconds is None else self.pallas_seconds)
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation; an upper bound when there are kernels."""
+        """Model FLOPs utilisation; an upper bound when kernels could not be timed."""
         return None if self.step_seconds is None else self.model_flops / (self.step_seconds * self.target.chip.peak)
 
     @property
@@ -89,16 +104,30 @@ def estimate(exp: Experiment, target: Slice, compiled: Compiled) -> Plan:
     cost = info(exp.model, exp.data.context)
     tokens = exp.batch_size * exp.data.context / target.devices
     shapes = shapes_of(exp, layout, target.devices)
+    made = None if compiled.scheduled is None else program(parse(compiled.scheduled), sizes)
+    kernel_seconds, untimed = _timed(made, compiled, target)
     return Plan(
         exp,
         target,
         memory(parse(compiled.optimised), compiled.assignment, compiled.ranges, shapes, compiled.code),
         target.chip.hbm if compiled.limit is None else compiled.limit,
-        None if compiled.scheduled is None else program(parse(compiled.scheduled), sizes),
+        made,
         tokens * cost.train_flops,
         tokens * 3 * cost.forward_flops["attention"],
         compiled,
+        kernel_seconds,
+        untimed,
     )
+
+
+def _timed(made: Program | None, compiled: Compiled, target: Slice) -> tuple[dict[str, float], str | None]:
+    """(seconds of one run of each kernel, None), or ({}, why they could not be timed)."""
+    if isinstance(compiled.calls, str):
+        return {}, compiled.calls
+    try:
+        return seconds(made.kernels if made else (), compiled.calls, target.chip), None
+    except Undecided as error:
+        return {}, str(error)
 
 
 def shapes_of(exp: Experiment, layout: Layout, devices: int) -> Shapes:
@@ -168,12 +197,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "model_tflop": plan.model_flops / 1e12,
         "hardware_tflop": made and made.matrix_flops / 1e12 + plan.kernel_flops / 1e12,
         "xla_seconds": plan.xla_seconds,
-        "pallas_seconds": 0.0 if made and not made.kernels else None,
-        "pallas_note": PALLAS_NOTE if made and made.kernels else None,
-        "pallas_calls": made and {kernel.name: kernel.count for kernel in made.kernels},
+        "pallas_seconds": plan.pallas_seconds,
+        "pallas_note": plan.untimed and f"not timed, taken at the matrix unit's peak: {plan.untimed}",
+        "pallas_calls": made and made.kernel_counts(),
         "step_seconds": plan.step_seconds,
         "mfu": plan.mfu,
-        "mfu_formula": "model_tflop / (step_seconds x peak); step_seconds = xla_seconds + kernel FLOPs / peak",
+        "mfu_formula": "model_tflop / (step_seconds x peak); step_seconds = xla_seconds + pallas_seconds",
         "collectives": made and {kind: {"count": n, "wire_gb": gb} for kind, (n, gb) in made.wire().items()},
         "wire_gb": made and sum(c.wire for c in made.collectives) / 1e9,
         "tokens": plan.tokens_per_chip,

@@ -1,8 +1,8 @@
 """Figures of one training step from its compiled program: cycles, matrix FLOPs, collectives, kernels, costliest lines.
 
 Cycles are the compiler's own estimates (`estimated_cycles` in the scheduled text), summed over loop trips. Pallas
-kernels and collectives carry no estimate: kernels are counted, collectives are given as bytes on the wire. It is a
-compiler's model of a chip, not a chip.
+kernels and collectives carry no estimate: kernels are counted (`kernels.py` times them), collectives are given as bytes
+on the wire. It is a compiler's model of a chip, not a chip.
 """
 
 from __future__ import annotations
@@ -41,11 +41,20 @@ class Collective:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel: how often it runs per step, and the FLOPs per run that its author stated (None: not stated)."""
+    """A call of a Pallas kernel in the program.
+
+    name: of the operation.  count: runs per step.  shapes: of its operands.  flops: per run, if its author stated them.
+    """
 
     name: str
     count: int
+    shapes: tuple[tuple[int, ...], ...]
     flops: float | None
+
+    @property
+    def kind(self) -> str:
+        """The name without the number that tells calls apart."""
+        return re.sub(r"[.\d]+$", "", self.name)
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,10 @@ class Program:
     trips: Mapping[str, int]
     unknown_loops: tuple[str, ...]
 
+    def kernel_counts(self) -> dict[str, int]:
+        """Runs per step of each kind of kernel."""
+        return {kind: sum(k.count for k in self.kernels if k.kind == kind) for kind in {k.kind for k in self.kernels}}
+
     def wire(self) -> dict[str, tuple[int, float]]:
         """Kind -> (count, wire GB)."""
         kinds = sorted({c.kind for c in self.collectives})
@@ -84,7 +97,7 @@ def program(module: Module, sizes: Mapping[str, int]) -> Program:
     cycles: Counter[tuple[str, str]] = Counter()
     runs: Counter[tuple[str, str]] = Counter()
     collectives: Counter[tuple[str, str, str, str, float]] = Counter()
-    kernels: dict[str, tuple[int, float | None]] = {}
+    kernels: dict[str, Kernel] = {}
     flops: defaultdict[tuple[str, str], float] = defaultdict(float)
     seen: set[tuple[int, str, str]] = set()
     for visit in walk:
@@ -95,8 +108,9 @@ def program(module: Module, sizes: Mapping[str, int]) -> Program:
             shown, size = _wire(visit, kind)
             collectives[shown, axes_of(op, sizes), _shape(op), module.source(op), size] += visit.times
         if op.kind == "custom-call" and 'custom_call_target="tpu_custom_call"' in op.attrs:
-            name = re.sub(r"[.\d]+$", "", op.name)
-            kernels[name] = (kernels.get(name, (0, None))[0] + visit.times, _stated_flops(op))
+            before = kernels[op.name].count if op.name in kernels else 0
+            shapes = tuple(tuple(dims(visit.scope[name].type)) for name in op.operands)
+            kernels[op.name] = Kernel(op.name, before + visit.times, shapes, _stated_flops(op))
         estimate = None if visit.fusion else op.attr(r'"estimated_cycles":"(\d+)"')
         if estimate is not None:
             where = (_short(op), module.source(op))
@@ -106,7 +120,7 @@ def program(module: Module, sizes: Mapping[str, int]) -> Program:
         sum(cycles.values()),
         sum(flops.values()),
         tuple(sorted((Collective(k, a, s, n, n * b, at) for (k, a, s, at, b), n in collectives.items()), key=_by_wire)),
-        tuple(Kernel(name, *of) for name, of in kernels.items()),
+        tuple(kernels.values()),
         tuple(Cost(*where, n, runs[where], flops[where]) for where, n in cycles.most_common()),
         walk.trips,
         tuple(walk.unknown),

@@ -22,6 +22,7 @@ from jaxllm.plan.compile import TIME_OUT, compile_step, prepare, require_compile
 from jaxllm.plan.estimate import Plan, advice, estimate, to_json
 from jaxllm.plan.info import Info, info, training_bytes
 from jaxllm.plan.memory import PARTS
+from jaxllm.plan.program import Program
 from jaxllm.plan.topology import parse
 
 GIB = 2**30
@@ -103,10 +104,8 @@ def _time_table(result: Plan) -> Table:
         "XLA", _seconds(result.xla_seconds), f"{made.cycles / 1e6:,.0f} M cycles / {chip.clock / 1e9:.2f} GHz"
     )
     if made.kernels:
-        names = ", ".join(f"{k.name} x{k.count}" for k in made.kernels)
-        at_peak = f"at least {result.kernel_flops / chip.peak:.3f} s: {result.kernel_flops / 1e12:.0f} TFLOP at peak"
-        table.add_row("Pallas kernels", "not timed", f"{at_peak} ({names})")
-    step = "" if not made.kernels else "at least "
+        table.add_row("Pallas kernels", *_kernel_row(result, made))
+    step = "" if result.untimed is None else "at least "
     tokens = result.tokens_per_chip / (result.step_seconds or 1)
     table.add_row(
         "step", step + _seconds(result.step_seconds or 0), f"{tokens:,.0f} tokens/s per chip, collectives hidden"
@@ -117,10 +116,20 @@ def _time_table(result: Plan) -> Table:
         "hardware FLOPs", f"{hardware:.4g} TFLOP", "compiled matrix products and kernels, recomputation included"
     )
     formula = f"model FLOPs / (step x {chip.peak / 1e12:.0f} TFLOP/s)"
-    table.add_row("MFU", f"{'' if not made.kernels else 'at most '}{100 * (result.mfu or 0):.1f} %", formula)
+    table.add_row("MFU", f"{'' if result.untimed is None else 'at most '}{100 * (result.mfu or 0):.1f} %", formula)
     seconds = f"{result.compiled.seconds:.0f} s"
     table.add_row("compilation", seconds, f"{result.compiled.cpu_seconds:.0f} s of CPU, {_versions(result)}")
     return table
+
+
+def _kernel_row(result: Plan, made: Program) -> tuple[str, str]:
+    """Seconds of the kernels, and how they were found."""
+    counts = ", ".join(f"{kind} x{count}" for kind, count in made.kernel_counts().items())
+    if result.pallas_seconds is not None:
+        return _seconds(result.pallas_seconds), f"their bundles run, every row one document ({counts})"
+    chip = result.target.chip
+    at_peak = f"at least {result.kernel_flops / chip.peak:.3f} s: {result.kernel_flops / 1e12:.0f} TFLOP at peak"
+    return "not timed", f"{at_peak} ({counts}); {result.untimed}"
 
 
 def _seconds(seconds: float) -> str:

@@ -16,25 +16,28 @@ class Chip:
     """One device as the compiler sees it.
 
     clock: Hz at which the compiler counts its estimated cycles.  peak: bf16 FLOP/s, published.
-    hbm: bytes, published.  wire: bytes/s over all of the chip's links to others, published, one direction.
-    axes: dimensions of its torus.
+    hbm: bytes, published.  bandwidth: of HBM, bytes/s, published.
+    wire: bytes/s over all of the chip's links to others, published, one direction.
+    axes: dimensions of its torus.  cores: how many are joined to one device.
     """
 
     name: str
     clock: float
     peak: float
     hbm: int
+    bandwidth: float
     wire: float
     axes: int
+    cores: int = 1
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 1.05e9, 275e12, 32 * 2**30, 300e9, 3),
-        Chip("v5e", 1.50e9, 197e12, 16 * 2**30, 200e9, 2),
-        Chip("v5p", 1.75e9, 459e12, 95 * 2**30, 600e9, 3),
-        Chip("v6e", 1.75e9, 918e12, 32 * 2**30, 448e9, 2),
+        Chip("v4", 1.05e9, 275e12, 32 * 2**30, 1228e9, 300e9, 3, 2),
+        Chip("v5e", 1.50e9, 197e12, 16 * 2**30, 819e9, 200e9, 2),
+        Chip("v5p", 1.75e9, 459e12, 95 * 2**30, 2765e9, 600e9, 3, 2),
+        Chip("v6e", 1.75e9, 918e12, 32 * 2**30, 1640e9, 448e9, 2),
     )
 }
 """Google Cloud TPU documentation, system architecture pages; clock = peak / FLOPs per cycle."""

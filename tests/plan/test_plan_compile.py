@@ -11,8 +11,9 @@ from jaxllm.models.presets import PRESETS, toy
 from jaxllm.plan import compile as compiling
 from jaxllm.plan import topology
 from jaxllm.plan.compile import Compiled, compile_step, prepare
-from jaxllm.plan.estimate import Plan, advice
+from jaxllm.plan.estimate import Plan, advice, to_json
 from jaxllm.plan.memory import PARTS, Memory
+from jaxllm.plan.program import Kernel, Program
 from jaxllm.plan.report import plan, plan_command
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout
@@ -54,6 +55,39 @@ def test_a_toy_step_is_compiled(tmp_path, capsys):
     assert made["compile_seconds"] > 0
     printed = capsys.readouterr().out
     assert "peak" in printed and "data" in printed and "MFU" in printed
+
+
+@pytest.mark.slow
+def test_kernels_of_a_step_are_timed(monkeypatch, tmp_path):
+    """Two layers, remat: two forward kernels and one backward each. Nothing is left on disk."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+    monkeypatch.setattr(compiling.tempfile, "tempdir", str(tmp_path))
+    made = plan(experiment(attention="tpu", data=4), "v5e:2x2", time_out=300)
+    assert made.untimed is None
+    assert made.program.kernel_counts() == {"flash_forward": 4, "flash_backward": 2}
+    assert made.pallas_seconds == pytest.approx(
+        sum(k.count * made.kernel_seconds[k.name] for k in made.program.kernels)
+    )
+    assert made.step_seconds == made.xla_seconds + made.pallas_seconds
+    assert 1e-6 < min(made.kernel_seconds.values()) < max(made.kernel_seconds.values()) < 1e-4
+    assert made.pallas_seconds > made.kernel_flops / made.target.chip.peak
+    assert to_json(made)["pallas_note"] is None
+    assert not list(tmp_path.glob("jaxllm-plan-*"))
+
+
+def test_why_kernels_are_not_timed(tmp_path):
+    """What the second child left decides; a plan without kernel seconds says so and takes them at peak."""
+    (tmp_path / "log").write_text("Traceback ...\nKilled")
+    assert compiling._calls(tmp_path) == "compiling kernels alone failed: Killed"
+    (tmp_path / "calls.json").write_text('{"error": "this libtpu wrote no bundles"}')
+    assert compiling._calls(tmp_path) == "this libtpu wrote no bundles"
+    kernels = (Kernel("flash.1", 3, ((2,),), 1e12),)
+    program = Program(1_500_000_000, 0.0, (), kernels, (), {}, ())
+    nothing = Compiled("", "", "", "", "no bundles", 0, None, 0.0, 0.0, {})
+    made = Plan(experiment(), V5E, Memory({}, ()), 2**34, program, 1e12, 1e12, nothing, {}, "no bundles")
+    assert made.pallas_seconds is None
+    assert made.step_seconds == pytest.approx(1 + 3e12 / 197e12)
+    assert "no bundles" in to_json(made)["pallas_note"]
 
 
 @pytest.mark.slow
@@ -136,7 +170,7 @@ def test_advice_follows_the_parts():
         parts = {part: int(gib.get(part, 0) * 2**30) for part in PARTS}
         exp = experiment(batch_size=64, zero=zero)
         exp = dataclasses.replace(exp, runtime=dataclasses.replace(exp.runtime, remat=remat))
-        nothing = Compiled(None, "", "", "", 0, 2**34, 0.0, 0.0, {})
+        nothing = Compiled(None, "", "", "", (), 0, 2**34, 0.0, 0.0, {})
         return advice(Plan(exp, V5E, Memory(parts, ()), 2**34, None, 0.0, 0.0, nothing))
 
     assert "remat=full" in ranked(3, "none", saved=20)[0]
