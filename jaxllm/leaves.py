@@ -133,9 +133,9 @@ def _project(x: Array, w: Weight, equation: str) -> Array:
             x_axes, w_axes, out_axes = _axes(equation)
             first, second = w_axes[: a.ndim - 1], w_axes[a.ndim - 1 :]
             into, out_of = (f"{first}R", a), (f"R{second}", b)
-            if first[0] in out_axes:  # a head [V, D] contracts its trailing axes
+            if not any(c in x_axes and c not in out_axes for c in first):  # a head [V, D] contracts its trailing axes
                 into, out_of = out_of, into
-            rest = "".join(c for c in x_axes if c in out_axes)
+            rest = "".join(c for c in out_axes if c in x_axes or c in into[0])
             low = jnp.einsum(f"{x_axes},{into[0]}->{rest}R", x, into[1].astype(x.dtype))
             delta = jnp.einsum(f"{rest}R,{out_of[0]}->{out_axes}", low, out_of[1].astype(x.dtype))
             return _project(x, base, equation) + delta * scaling.astype(x.dtype)

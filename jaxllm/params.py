@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, assert_never
 
 import jax
@@ -41,13 +41,14 @@ class Param:
 
     Logical axes ("embed", "heads", "ffn", "vocab", "layers" ...) are mapped to mesh axes by a rule table
     (`jaxllm.sharding`).  outputs: how many trailing axes a projection gives; the others (but "layers" and "experts")
-    are contracted.
+    are contracted.  exact: used in float32 whatever the compute dtype (routers).
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: Init
     outputs: int = 1
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -116,7 +117,7 @@ def init(tree: ParamTree, key: Array, dtype: DTypeLike = jnp.float32) -> Any:
 
 def stacked(tree: ParamTree, repeats: int) -> ParamTree:
     """The tree of one layer, with a leading "layers" axis of `repeats` on every parameter."""
-    return map_params(lambda p: Param((repeats, *p.shape), ("layers", *p.axes), p.init, p.outputs), tree)
+    return map_params(lambda p: replace(p, shape=(repeats, *p.shape), axes=("layers", *p.axes)), tree)
 
 
 def layer(tree: Any, index: int) -> Any:

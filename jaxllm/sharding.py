@@ -182,14 +182,14 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
     """Weights ready to be multiplied: floating arrays in `dtype` and in the compute layout.
 
     tree: the declaration of `params`.  The gradient that flows back is in the storage layout (whole in stage 0).
-    Integer arrays (quantised values) are laid out but not cast; scales stay float32.
+    Integer arrays (quantised values) are laid out but not cast; scales and what is declared `exact` stay float32.
     """
     sizes = mesh_sizes()
 
     def one(p: Param, w: leaves.Weight) -> Any:
         def array(x: Array, axes: tuple[str | None, ...]) -> Array:
-            small = isinstance(w, leaves.Quantised) and x is w.scale
-            cast = dtype if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) and not small else x.dtype
+            fixed = p.exact or (isinstance(w, leaves.Quantised) and x is w.scale)
+            cast = dtype if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) and not fixed else x.dtype
             if layout is None or not sizes:
                 return x.astype(cast)
             forward = partition(axes, x.shape, layout, sizes)

@@ -131,7 +131,7 @@ def block(
         return cross_attention(p["cross"], cfg.cross, h, given, memory), None
 
     def feed(h: Array) -> tuple[Array, Any]:
-        return ffn(p["ffn"], cfg.ffn, h, _real(given.inputs), given.runtime.experts)
+        return ffn(p["ffn"], cfg.ffn, h, _real(given.inputs), given.runtime)
 
     def drop(y: Array, place: int) -> Array:
         return dropout(y, cfg.dropout, None if given.key is None else jax.random.fold_in(given.key, place))

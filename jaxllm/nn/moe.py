@@ -1,28 +1,31 @@
 """Sparse mixtures of experts: a router chooses, three ways compute, all of them the same function.
 
     dense     every expert sees every token, weighted by zero where it was not chosen: the reference
-    grouped   tokens are sorted by expert, and one ragged matmul per projection runs over the groups; dropless
+    grouped   tokens are sorted by expert, and each projection is one product over the groups; dropless
     buffers   [B, E, C, D]: each expert takes up to C tokens of a row; what a `capacity` asks for
 
-Router arithmetic is float32. Padding (segment 0) is routed like the rest, but neither counts in the statistics nor
-takes a place in a buffer.
+Routers are float32 whatever the compute dtype, weights and arithmetic. Padding (segment 0) is routed like the rest, but
+neither counts in the statistics nor takes a place in a buffer.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, assert_never
+from dataclasses import replace
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.config import FFN, GLU, MLP, MoE, Router
+from jaxllm.config import FFN, GLU, MLP, MoE, Router, Transformer
+from jaxllm.kernels.grouped import grouped_matmul
 from jaxllm.leaves import dense, project
 from jaxllm.nn.ffn import activate, dense_ffn, dense_params, linear, linear_params
 from jaxllm.params import Constant, Normal, Param, ParamTree, map_params
+from jaxllm.runtime import Runtime
+from jaxllm.sharding import mesh_sizes, partition
 
-Method = Literal["dense", "grouped"]
 Statistics = dict[str, Array]
 """load: [E] share of a token's choices that each expert got, summing to top_k.  balance, z: float32 [] losses."""
 
@@ -40,14 +43,12 @@ def ffn_params(cfg: FFN, dim: int, gain: float = 1.0) -> ParamTree:
 
 def _moe_params(cfg: MoE, dim: int, gain: float) -> ParamTree:
     E, r = cfg.experts, cfg.router
-    router: ParamTree = {"kernel": Param((dim, E), ("embed", "router"), Normal(dim**-0.5))}
+    router: ParamTree = {"kernel": Param((dim, E), ("embed", "router"), Normal(dim**-0.5), exact=True)}
     if r.bias:
-        router["bias"] = Param((E,), ("router",), Constant(0.0))
+        router["bias"] = Param((E,), ("router",), Constant(0.0), exact=True)
     if r.correction:
-        router["correction"] = Param((E,), ("router",), Constant(0.0))
-    one = dense_params(cfg.expert, dim, gain)
-    experts = map_params(lambda p: Param((E, *p.shape), ("experts", *p.axes), p.init, p.outputs), one)
-    tree: ParamTree = {"router": router, "experts": experts}
+        router["correction"] = Param((E,), ("router",), Constant(0.0), exact=True)
+    tree: ParamTree = {"router": router, "experts": _expert_params(cfg, dim, gain)}
     if cfg.shared is not None:
         tree["shared"] = dense_params(cfg.shared, dim, gain)
     if cfg.shared_gate:
@@ -55,15 +56,20 @@ def _moe_params(cfg: MoE, dim: int, gain: float) -> ParamTree:
     return tree
 
 
+def _expert_params(cfg: MoE, dim: int, gain: float = 1.0) -> ParamTree:
+    one = dense_params(cfg.expert, dim, gain)
+    return map_params(lambda p: replace(p, shape=(cfg.experts, *p.shape), axes=("experts", *p.axes)), one)
+
+
 def ffn(
-    p: Any, cfg: FFN, x_BTD: Float[Array, "B T D"], real_BT: Bool[Array, "B T"] | None, method: Method
+    p: Any, cfg: FFN, x_BTD: Float[Array, "B T D"], real_BT: Bool[Array, "B T"] | None, runtime: Runtime
 ) -> tuple[Float[Array, "B T D"], Statistics]:
     """Any feed-forward layer, and a mixture's statistics. real_BT: False at padding; None: no padding."""
     match cfg:
         case MLP() | GLU():
             return dense_ffn(p, cfg, x_BTD), {}
         case MoE():
-            return moe(p, cfg, x_BTD, real_BT, method)
+            return moe(p, cfg, x_BTD, real_BT, runtime)
         case other:
             assert_never(other)
 
@@ -100,7 +106,7 @@ def route(p: Any, cfg: Router, x_BTD: Float[Array, "B T D"]) -> Routing:
     weight = jnp.take_along_axis(score, expert, -1)
     if cfg.renormalise:
         weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
-    return Routing(expert, weight * cfg.scale, logits, score / score.sum(-1, keepdims=True))
+    return Routing(expert, weight * cfg.scale, logits, score / (score.sum(-1, keepdims=True) + 1e-20))
 
 
 def _best_groups(cfg: Router, choice: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
@@ -133,16 +139,16 @@ def statistics(cfg: MoE, r: Routing, real_BT: Bool[Array, "B T"] | None) -> Stat
 
 
 def moe(
-    p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], real_BT: Bool[Array, "B T"] | None, method: Method
+    p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], real_BT: Bool[Array, "B T"] | None, runtime: Runtime
 ) -> tuple[Float[Array, "B T D"], Statistics]:
     """sum over chosen experts of weight * expert(x), plus the shared experts."""
     r = route(p["router"], cfg.router, x_BTD)
     if cfg.capacity is not None:
         y = _buffers(p["experts"], cfg, x_BTD, r, real_BT)
-    elif method == "dense":
+    elif runtime.experts == "dense":
         y = _dense(p["experts"], cfg, x_BTD, r)
     else:
-        y = _grouped(p["experts"], cfg, x_BTD, r)
+        y = _grouped(p["experts"], cfg, x_BTD, r, runtime)
     if cfg.shared is not None:
         shared = dense_ffn(p["shared"], cfg.shared, x_BTD)
         if cfg.shared_gate:
@@ -166,23 +172,46 @@ def _dense(p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], r: Routing) -> Float[
     return jnp.einsum("BTED,BTE->BTD", out_BTED, weight_BTE.astype(out_BTED.dtype))
 
 
-def _grouped(p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], r: Routing) -> Float[Array, "B T D"]:
-    """Choices sorted by expert, M = B T k rows in E groups of any sizes."""
-    B, T, D = x_BTD.shape
-    expert_M = r.expert_BTk.reshape(-1)
-    order_M = jnp.argsort(expert_M, stable=True)
-    token_M, expert_M = order_M // cfg.router.top_k, expert_M[order_M]
-    sizes_E = jnp.bincount(expert_M, length=cfg.experts).astype(jnp.int32)
+def _grouped(p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], r: Routing, runtime: Runtime) -> Float[Array, "B T D"]:
+    """On a mesh every device sorts its own rows; where it holds a slice of F, results are summed over the slices."""
+    layout, sizes, tree = runtime.layout, mesh_sizes(), _expert_params(cfg, x_BTD.shape[-1])
+    p = map_params(lambda _, w: dense(w, x_BTD.dtype), tree, p)
+    if layout is None or not sizes:
+        return _sorted(p, cfg, x_BTD, r.expert_BTk, r.weight_BTk)
+    slices = map_params(lambda q: partition(q.axes, q.shape, layout, sizes), tree)
+    rows = partition(("batch", None, None), x_BTD.shape, layout, sizes)
+    over = slices["down"]["kernel"][1]
+
+    def run(p: Any, x: Array, expert: Array, weight: Array) -> Array:
+        if over is None:
+            return _sorted(p, cfg, x, expert, weight)
+        if "bias" in p["down"]:  # added once
+            first = jax.lax.axis_index(over) == 0
+            p = p | {"down": p["down"] | {"bias": jnp.where(first, p["down"]["bias"], 0.0)}}
+        return jax.lax.psum(_sorted(p, cfg, x, expert, weight), over)
+
+    split = jax.shard_map(run, in_specs=(slices, rows, rows, rows), out_specs=rows, check_vma=False)
+    return split(p, x_BTD, r.expert_BTk, r.weight_BTk)
+
+
+def _sorted(
+    p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], expert_BTk: Int[Array, "B T k"], weight_BTk: Float[Array, "B T k"]
+) -> Float[Array, "B T D"]:
+    """Choices sorted by expert, M = B T k rows in E groups of any sizes; and back in the order of tokens."""
+    (B, T, D), k = x_BTD.shape, cfg.router.top_k
+    order_M = jnp.argsort(expert_BTk.reshape(-1), stable=True)
+    expert_M = expert_BTk.reshape(-1)[order_M]
+    size_E = jnp.bincount(expert_M, length=cfg.experts).astype(jnp.int32)
 
     def per_expert(name: str, x: Array) -> Array:
-        y = jax.lax.ragged_dot(x, dense(p[name]["kernel"], x.dtype), sizes_E)
-        return y + p[name]["bias"].astype(y.dtype)[expert_M] if "bias" in p[name] else y
+        y = grouped_matmul(x, p[name]["kernel"], size_E)
+        return y + p[name]["bias"][expert_M] if "bias" in p[name] else y
 
-    x_MD = x_BTD.reshape(B * T, D)[token_M]
+    x_MD = x_BTD.reshape(B * T, D)[order_M // k]
     gate = per_expert("gate", x_MD) if isinstance(cfg.expert, GLU) else None
     out_MD = per_expert("down", activate(cfg.expert, per_expert("up", x_MD), gate))
-    weight_M = r.weight_BTk.reshape(-1)[order_M].astype(out_MD.dtype)
-    return jnp.zeros((B * T, D), out_MD.dtype).at[token_M].add(out_MD * weight_M[:, None]).reshape(B, T, D)
+    out_BTkD = out_MD[jnp.argsort(order_M)].reshape(B, T, k, D)
+    return (out_BTkD * weight_BTk[..., None].astype(out_MD.dtype)).sum(2)
 
 
 def capacity(cfg: MoE, tokens: int) -> int:
@@ -217,3 +246,29 @@ def _buffers(
     weight = jnp.where(kept, r.weight_BTk.reshape(B, T * k), 0.0)[..., None]
     back = out_BECD.at[row, expert, place].get(mode="fill", fill_value=0)
     return (back * weight.astype(back.dtype)).reshape(B, T, k, D).sum(2)
+
+
+# ---------------------------------------------------------------------------------------------------------- balancing
+
+
+def correct_routers(params: Any, spec: Transformer, load_LE: Float[Array, "L E"], rate: float) -> Any:
+    """`rate` added to the correction of every expert below its router's mean load, and taken from those above.
+
+    Balance without a loss (DeepSeek-AI 2024b, §2.1.2).  params: stacked, of a whole model.  load_LE: `aux.experts`'s.
+    """
+    stacks, start = dict(params["stacks"]), 0
+    for s, stack in enumerate(spec.stacks):
+        places = [b for b, block in enumerate(stack.pattern) if isinstance(block.ffn, MoE)]
+        load = load_LE[start : start + len(places) * stack.repeats]
+        start += len(load)
+        for i, b in enumerate(places):
+            if "correction" in stacks[str(s)][str(b)]["ffn"]["router"]:
+                stacks[str(s)] = _corrected(stacks[str(s)], str(b), load[i :: len(places)], rate)
+    return params | {"stacks": stacks}
+
+
+def _corrected(stack: Any, place: str, load_LE: Float[Array, "L E"], rate: float) -> Any:
+    block = stack[place]
+    router = block["ffn"]["router"]
+    moved = router["correction"] + rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+    return stack | {place: block | {"ffn": block["ffn"] | {"router": router | {"correction": moved}}}}
