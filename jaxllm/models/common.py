@@ -71,7 +71,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 class Fields:
     """How a family reads its config.json.
 
-    read: field -> its value when absent, as the reference's config class has it; the value's type is the field's.
+    read: field -> its value when absent, as the reference's config class has it; the value's type is the field's. A
+    type in place of a value: null when absent, else of this type.
     nullable: those of `read` that may be null.  zero: those that may be 0, where other whole numbers are at least 1.
     only: field -> the values under which this math holds.
     ignored: further fields that cannot change a logit.  aliases: another name that the config class knows -> field.
@@ -117,13 +118,15 @@ def _renamed(config: Config, aliases: Mapping[str, str]) -> Config:
 
 
 def _typed(config: Config, name: str, default: Any, fields: Fields) -> Any:
-    value, least = config.get(name, default), 0 if name in fields.zero else 1
-    if default is None or (value is None and name in fields.nullable):
+    optional, least = isinstance(default, type), 0 if name in fields.zero else 1
+    kind = default if optional else type(default)
+    value: Any = config.get(name, None if optional else default)
+    if default is None or (value is None and (optional or name in fields.nullable)):
         return value
-    number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
-    if not number and type(value) is not type(default):
-        raise ValueError(f"config.json: {name} must be {type(default).__name__}, found {value!r}; correct the file")
-    if type(value) is int and type(default) is int and value < least:
+    number = kind is float and type(value) is int
+    if not number and type(value) is not kind:
+        raise ValueError(f"config.json: {name} must be {kind.__name__}, found {value!r}; correct the file")
+    if kind is int and value < least:
         raise ValueError(f"config.json: {name} must be at least {least}, found {value}; correct the file")
     return value
 

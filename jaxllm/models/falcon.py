@@ -47,10 +47,10 @@ PREFIX = "transformer."
 SHAPE = {
     "vocab_size": 65_024,
     "hidden_size": 4544,
-    "ffn_hidden_size": None,
+    "ffn_hidden_size": int,
     "num_hidden_layers": 32,
     "num_attention_heads": 71,
-    "num_kv_heads": None,
+    "num_kv_heads": int,
     "activation": "gelu",
     "max_position_embeddings": 2048,
     "layer_norm_epsilon": 1e-5,
@@ -58,7 +58,7 @@ SHAPE = {
     "new_decoder_architecture": False,
     "multi_query": True,
     "parallel_attn": True,
-    "num_ln_in_parallel_attn": None,
+    "num_ln_in_parallel_attn": int,
     "bias": False,
 }
 FIELDS = Fields(

@@ -39,7 +39,7 @@ FIELDS = Fields(
         "n_embd": 4096,
         "n_layer": 28,
         "n_head": 16,
-        "n_inner": None,
+        "n_inner": int,
         "rotary_dim": 64,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,

@@ -47,7 +47,7 @@ FIELDS = Fields(
         "max_seq_len": 2048,
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": True,
-        "attn_config": None,
+        "attn_config": dict,
     },
     only={
         "no_bias": (True,),
@@ -58,7 +58,7 @@ FIELDS = Fields(
     aliases={"num_attention_heads": "n_heads", "hidden_size": "d_model", "num_hidden_layers": "n_layers"},
 )
 ATTENTION = Fields(
-    read={"clip_qkv": None, "softmax_scale": None},
+    read={"clip_qkv": float, "softmax_scale": float},
     only={
         "alibi": (True,),
         "alibi_bias_max": (8,),

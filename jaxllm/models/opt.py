@@ -48,7 +48,7 @@ FIELDS = Fields(
         "num_attention_heads": 12,
         "max_position_embeddings": 2048,
         "activation_function": "relu",
-        "word_embed_proj_dim": None,
+        "word_embed_proj_dim": int,
         "do_layer_norm_before": True,
         "_remove_final_layer_norm": False,
         "enable_bias": True,

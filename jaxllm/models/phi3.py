@@ -33,7 +33,9 @@ PHI3 = {
     "intermediate_size": 8192,
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
-    "sliding_window": None,
+    "sliding_window": int,
+    "num_key_value_heads": int,
+    "head_dim": int,
     ORIGINAL: 4096,
 }
 PLAIN: dict[str, tuple[bool, ...]] = dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), (False,))
