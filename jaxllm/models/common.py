@@ -120,13 +120,13 @@ def _renamed(config: Config, aliases: Mapping[str, str]) -> Config:
 def _typed(config: Config, name: str, default: Any, fields: Fields) -> Any:
     optional, least = isinstance(default, type), 0 if name in fields.zero else 1
     kind = default if optional else type(default)
-    value: Any = config.get(name, None if optional else default)
+    value = config.get(name, None if optional else default)
     if default is None or (value is None and (optional or name in fields.nullable)):
         return value
     number = kind is float and type(value) is int
     if not number and type(value) is not kind:
         raise ValueError(f"config.json: {name} must be {kind.__name__}, found {value!r}; correct the file")
-    if kind is int and value < least:
+    if type(value) is int and kind is int and value < least:
         raise ValueError(f"config.json: {name} must be at least {least}, found {value}; correct the file")
     return value
 

@@ -82,7 +82,7 @@ BLOCK = (
 def from_hf(config: Config) -> Transformer:
     """`clip_qkv` 0 is none, as in the reference."""
     c = read_fields(config, FIELDS)
-    a = read_fields({"model_type": MODEL_TYPE} | dict(c["attn_config"] or {}), ATTENTION)
+    a = read_fields({**(c["attn_config"] or {}), "model_type": MODEL_TYPE}, ATTENTION)
     dim, heads, layer_norm = c["d_model"], c["n_heads"], LayerNorm(float(c["layer_norm_epsilon"]), bias=False)
     clip, scale = (None if a[name] is None else float(a[name]) for name in ("clip_qkv", "softmax_scale"))
     alibi, width = Alibi(order="alternated"), head_width(dim, heads)
