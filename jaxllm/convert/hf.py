@@ -18,7 +18,7 @@ from jaxllm.convert.safetensors_io import open_folder, write_folder
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.leaves import is_weight
-from jaxllm.models.families import Family, family_of_config, family_of_spec, settled, spec_of_config
+from jaxllm.models.families import Family, family_of_config, family_of_spec, renamed, settled, spec_of_config
 from jaxllm.models.rope import classic
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -61,8 +61,9 @@ def spec_of_folder(path: epath.PathLike) -> Spec:
 def load_params(path: epath.PathLike, spec: Spec, family: Family, dtype: DTypeLike, shardings: Any = None) -> Any:
     """The weights of a folder as parameters of `spec`."""
     folder, table, tree = open_folder(path), family.names(spec), model_params(spec)
-    theirs = rules.match_names(table, tree, folder.shapes, family.PREFIX)
-    found = {name: folder.shapes[own] for name, own in theirs.items()}
+    own = {renamed(family, name): name for name in folder.shapes}
+    theirs = {name: own[found] for name, found in rules.match_names(table, tree, own, family.PREFIX).items()}
+    found = {name: folder.shapes[there] for name, there in theirs.items()}
     rules.check(table, tree, found, str(path))
     return rules.load(table, tree, found, lambda name: folder.read(theirs[name]), dtype, shardings)
 

@@ -14,6 +14,7 @@ from jaxllm.models import (
     bart,
     bert,
     big_bird,
+    blip2,
     bloom,
     chatglm,
     clip,
@@ -34,6 +35,7 @@ from jaxllm.models import (
     gptj,
     granite,
     llama,
+    llava,
     longformer,
     mistral,
     mixtral,
@@ -149,6 +151,8 @@ _MODULES: tuple[Family, ...] = (
     t5,
     mt5,
     bart,
+    llava,
+    blip2,
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _MODULES}
 
@@ -173,6 +177,13 @@ def family_of_config(config: Mapping[str, Any]) -> Family:
 def spec_of_config(config: Mapping[str, Any]) -> Any:
     """The spec of a config.json in either style."""
     return family_of_config(config).from_hf(modern(config))
+
+
+def renamed(family: Family, name: str) -> str:
+    """A tensor's name as the family's table has it: its `RENAMED` lists other prefixes that files may have."""
+    for theirs, ours in getattr(family, "RENAMED", ()):
+        name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
+    return name
 
 
 def settled(family: Family, spec: Any, names: Iterable[str]) -> Any:

@@ -14,6 +14,7 @@ MODEL_TYPE = "qwen2_5_vl"
 ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration",)
 PREFIX = ""
 SPEC = VisionLanguage
+RENAMED = qwen_vl_like.RENAMED
 
 VISION = Fields(
     read=PATCHES

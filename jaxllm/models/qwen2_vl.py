@@ -14,6 +14,7 @@ MODEL_TYPE = "qwen2_vl"
 ARCHITECTURES = ("Qwen2VLForConditionalGeneration",)
 PREFIX = ""
 SPEC = VisionLanguage
+RENAMED = qwen_vl_like.RENAMED
 
 VISION = Fields(
     read=PATCHES | {"embed_dim": 1280, "hidden_size": 3584, "hidden_act": "quick_gelu", "mlp_ratio": 4.0},

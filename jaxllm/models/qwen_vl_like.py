@@ -14,6 +14,7 @@ from jaxllm.models.common import Config, Fields, Row
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
 from jaxllm.models.rope import modern
 
+RENAMED = (("model.visual.", "visual."), ("model.language_model.", "model."))  # newer files' names -> the hub's
 OUTER = Fields(
     read={"image_token_id": 151_655, "video_token_id": 151_656, "tie_word_embeddings": False},
     ignored=frozenset({"vision_start_token_id", "vision_end_token_id", "vision_token_id"}),
