@@ -79,6 +79,19 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Balance:
+    """What keeps the experts of a mixture in use; nothing for models without.
+
+    load, z: weights of the load-balance and the router's z loss, means over layers, added to the cross-entropy.
+    correction: what the corrections of routers that have them (DeepSeek V3) move per step, towards equal loads.
+    """
+
+    load: float = 0.01
+    z: float = 0.0
+    correction: float = 0.001
+
+
+@dataclass(frozen=True)
 class Checkpointing:
     """every: steps between saves (None: only at the end).  keep: latest ones kept, besides the best by bits/byte."""
 
@@ -101,6 +114,7 @@ class Experiment:
     batch_size: int
     run_dir: str
     optimizer: Optimizer = Optimizer()
+    balance: Balance = Balance()
     accumulate: int = 1
     runtime: Runtime = field(default_factory=Runtime)
     seed: int = 0

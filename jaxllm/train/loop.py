@@ -25,6 +25,7 @@ from jaxllm.data.mixture import epochs_at
 from jaxllm.data.tokenizer import check_match
 from jaxllm.experiment import Experiment, check_resume, saved
 from jaxllm.flops import peak_flops, train_flops_per_token
+from jaxllm.nn.moe import correct_routers
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.params import count
 from jaxllm.records import Batch, Params, TrainState
@@ -32,7 +33,7 @@ from jaxllm.sharding import Layout, make_mesh
 from jaxllm.train.checkpoint import CHECKPOINTS, Checkpointer, restore
 from jaxllm.train.dataset import Dataset, prepare, train_batch
 from jaxllm.train.evaluate import Evaluate, evaluate, make_evaluate
-from jaxllm.train.metrics import MetricsWriter, by_channel, plot
+from jaxllm.train.metrics import MetricsWriter, by_channel, plot, utilisation
 from jaxllm.train.optimizer import make_optimizer, schedule
 from jaxllm.train.processes import decided_by_first
 from jaxllm.train.progress import Display
@@ -161,7 +162,7 @@ def set_up(exp: Experiment, console: Console, options: Options) -> Setup:
     loss = partial(_model_loss, exp, len(data.channels))
     step = make_step(
         loss, optimizer, tree, runtime, accumulate=exp.accumulate, seed=exp.seed,
-        layer_norms=options.layer_norms, learning_rate=schedule(exp.optimizer),
+        layer_norms=options.layer_norms, learning_rate=schedule(exp.optimizer), advance=partial(advance, exp),
     )  # fmt: skip
     with jax.set_mesh(mesh):
         like = abstract_state(tree, optimizer, runtime, mesh)
@@ -184,7 +185,14 @@ def set_up(exp: Experiment, console: Console, options: Options) -> Setup:
 def _model_loss(
     exp: Experiment, channels: int, params: Any, batch: Batch, key: Array
 ) -> tuple[Array, dict[str, Array]]:
-    return lm_loss(params, exp.model, batch, exp.runtime, key, channels=channels)
+    return lm_loss(params, exp.model, batch, exp.runtime, key, channels=channels, balance=exp.balance)
+
+
+def advance(exp: Experiment, params: Any, aux: dict[str, Array]) -> Any:
+    """The weights that no gradient trains, moved: the corrections of routers."""
+    if "expert_load" not in aux:
+        return params
+    return correct_routers(params, exp.model, aux["expert_load"], exp.balance.correction)
 
 
 def _introduce(exp: Experiment, data: Dataset, mesh: Mesh, peak: tuple[float, str], say: Any) -> None:
@@ -214,8 +222,10 @@ def record(exp: Experiment, setup: Setup, i: int, m: dict[str, Any], tokens_per_
     """What metrics.jsonl says of the step with index i: its own loss, and the speed since the last record."""
     flops = train_flops_per_token(exp.model, exp.data.context)
     layers = {name: float(value) for name, value in m.items() if name.startswith("grad_norm/")}
+    experts = utilisation(m) if "expert_load" in m else {}
     return {
-        "train/loss": float(m["loss"]),
+        "train/loss": float(m["loss"]) - experts.get("train/router_loss", 0.0),
+        **experts,
         **by_channel(setup.data.channels, m["channel_nll"], m["channel_weight"], "train/loss"),
         "grad_norm": float(m["grad_norm"]),
         "learning_rate": float(m["learning_rate"]),

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from jaxllm.data.files import write_atomic
@@ -80,6 +81,17 @@ def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def utilisation(m: Mapping[str, Any]) -> dict[str, float]:
+    """The routers' loss, and the loads of the busiest and the idlest expert of any layer: 1 is an equal share."""
+    load_LE = np.asarray(m["expert_load"])
+    share_LE = load_LE / np.maximum(load_LE.mean(-1, keepdims=True), 1e-9)
+    return {
+        "train/router_loss": float(m["router_loss"]) / max(float(m["weight"]), 1e-9),
+        "train/experts/load_max": float(share_LE.max()),
+        "train/experts/load_min": float(share_LE.min()),
+    }
 
 
 def by_channel(names: Iterable[str], nll: Iterable[float], weight: Iterable[float], prefix: str) -> dict[str, float]:

@@ -88,11 +88,13 @@ def make_step(
     seed: int = 0,
     layer_norms: bool = False,
     learning_rate: optax.Schedule = lambda step: jnp.nan,
+    advance: Callable[[Any, dict[str, Array]], Any] = lambda params, aux: params,
 ) -> Step:
     """A jitted step whose state is donated. Call it under `jax.set_mesh` when the runtime has a layout.
 
     accumulate: micro-batches per step, weighted by their token counts, so that they add up to the big batch.
     A step whose loss or gradient is not finite changes nothing but `step` and the counters in `extra`.
+    advance: what else moves weights after the optimiser, given the loss's aux (corrections of routers).
     layer_norms: report every parameter's gradient norm as "grad_norm/<path>".
 
     metrics: loss, grad_norm, learning_rate, skipped, bad_streak, each [], and the sums in the loss's aux.
@@ -104,7 +106,7 @@ def make_step(
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(mean)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = advance(optax.apply_updates(state.params, updates), aux)
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
