@@ -3,6 +3,7 @@
 from functools import cache
 
 import jax
+import pytest
 
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.params import init
@@ -10,6 +11,22 @@ from jaxllm.transformer import transformer_params
 
 TOYS = {spec: spec.name for spec in (toy(f()) for f in reversed(PRESETS.values()))}
 SPECS = {name: spec for spec, name in TOYS.items()}
+
+COVERING = [
+    "toy_smollm2_135m",  # grouped queries, tied
+    "toy_gpt2_small",  # learned positions, biases
+    "toy_gemma2_2b",  # windows, sandwich, soft-caps
+    "toy_deepseek_v3",  # latents, experts in groups, a first dense stack
+    "toy_bloom_560m",  # ALiBi, embedding norm
+    "toy_gpt_oss_20b",  # sinks, YaRN, experts with biases
+    "toy_olmo2_7b",  # norms after, over the whole width
+    "toy_command_r7b",  # one norm for both branches, layers without positions, interleaved rotation
+]
+"""Toys that together have every kind of layer: all contracts run over them, over the others with `-m slow`."""
+
+every_architecture = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in COVERING else pytest.mark.slow) for name in SPECS]
+)
 
 
 @cache

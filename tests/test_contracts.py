@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from architectures import SPECS, params_of, tokens
+from architectures import COVERING, SPECS, every_architecture, params_of, tokens
 
 from jaxllm import cache
 from jaxllm.leaves import Adapted, dense, is_weight, quantise
@@ -17,7 +17,6 @@ from jaxllm.runtime import Runtime
 from jaxllm.transformer import forward, logits, transformer_params
 
 PLAIN = Runtime()
-every_architecture = pytest.mark.parametrize("name", SPECS)
 
 
 @partial(jax.jit, static_argnames=("name", "runtime"))
@@ -27,6 +26,46 @@ def run(params, batch, name, runtime=PLAIN):
 
 def close(got, want, tolerance=2e-5):
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * float(jnp.abs(want).max()))
+
+
+def test_covering_toys_exist():
+    assert set(COVERING) <= SPECS.keys()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_in_brief(name, getkey):
+    """Causality, padding, segments and cached decoding of every architecture, in two compilations."""
+    spec, params, T = SPECS[name], params_of(name), 20
+    a, b = np.asarray(tokens(getkey(), 2, T))
+    ids, segment, position = np.zeros((5, T), np.int32), np.zeros((5, T), np.int32), np.zeros((5, T), np.int32)
+    rows = [[(0, a)], [(7, a[:13])], [(0, a[:13])], [(0, a[:9]), (9, b[:11])], [(0, b)]]
+    for row, texts in enumerate(rows):
+        for number, (start, text) in enumerate(texts, 1):
+            place = slice(start, start + len(text))
+            ids[row, place], segment[row, place], position[row, place] = text, number, np.arange(len(text))
+
+    @jax.jit
+    def whole(params, batch):
+        out = forward(params, spec, batch, PLAIN, cache.init(spec, 5, 0, jnp.float32))
+        return logits(params, spec, out.hidden_BTD, PLAIN), out.rows
+
+    @jax.jit
+    def step(params, caches, start):
+        slot = start + jnp.broadcast_to(jnp.arange(4), (5, 4))
+        now = jnp.take_along_axis(jnp.asarray(ids), slot, 1)
+        out = forward(params, spec, Inputs(now, slot, slot_BT=slot), PLAIN, caches)
+        rows_B = jnp.full(5, start), jnp.full(5, 4)
+        return logits(params, spec, out.hidden_BTD, PLAIN), cache.commit(caches, out.rows, *rows_B)
+
+    full, new = whole(params, Inputs(*map(jnp.asarray, (ids, position)), segment_BT=jnp.asarray(segment)))
+    close(full[1, 7:], full[0, :13])
+    close(full[2, :13], full[0, :13])
+    close(full[3, :9], full[0, :9])
+    close(full[3, 9:], full[4, :11])
+    caches = cache.commit(cache.init(spec, 5, T, jnp.float32), new, jnp.zeros(5, jnp.int32), jnp.full(5, 12))
+    for start in (12, 16):
+        got, caches = step(params, caches, start)
+        close(got[::4], full[::4, start : start + 4])
 
 
 @every_architecture
