@@ -53,6 +53,7 @@ from jaxllm.models import (
     qwen2_vl,
     qwen3,
     qwen3_moe,
+    qwen_vl,
     roberta,
     smollm3,
     stablelm,
@@ -153,6 +154,7 @@ _MODULES: tuple[Family, ...] = (
     bart,
     llava,
     blip2,
+    qwen_vl,
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _MODULES}
 

@@ -1,0 +1,204 @@
+"""Qwen-VL (Bai et al. 2023): a ViT, one cross-attention that resamples it to 256 vectors, and the first Qwen.
+
+Longer texts than `seq_length` change their rotation and scale their queries (dynamic NTK, log-n): they are refused. The
+image's place is `image_start_id` + 2, once per vector; the reference puts the image's path there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from jaxllm.architectures import model_params
+from jaxllm.config import (
+    GLU,
+    GQA,
+    MLP,
+    Block,
+    Cross,
+    LayerNorm,
+    LMHead,
+    Patches,
+    Resampler,
+    RMSNorm,
+    Rope,
+    Transformer,
+    Vision,
+    VisionLanguage,
+)
+from jaxllm.convert.rules import Rule, Unused, applicable
+from jaxllm.models.common import (
+    Config,
+    Fields,
+    Row,
+    foreign,
+    layers_of,
+    plain_layer,
+    read_fields,
+    rows_of,
+    stacks_of,
+    within,
+)
+from jaxllm.models.common import table as text_table
+
+MODEL_TYPE = "qwen"
+ARCHITECTURES = ("QWenLMHeadModel",)
+PREFIX = ""
+SPEC = VisionLanguage
+
+TABLE = 16  # side of the tower's learned table
+FIELDS = Fields(
+    read={
+        "vocab_size": 151_936,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 22_016,
+        "layer_norm_epsilon": 1e-6,
+        "seq_length": 2048,
+        "max_position_embeddings": 8192,
+        "rotary_emb_base": 10_000.0,
+        "rotary_pct": 1.0,
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+        "tie_word_embeddings": False,
+        "kv_channels": 128,
+    },
+    only={"no_bias": (True,), "scale_attn_weights": (True,)},
+    ignored=frozenset({"attn_dropout_prob", "emb_dropout_prob", "bf16", "fp16", "fp32", "onnx_safe", "tokenizer_type"})
+    | {"use_flash_attn"},
+)
+VISUAL = Fields(
+    read={
+        "image_size": 448,
+        "patch_size": 14,
+        "width": 1664,
+        "layers": 48,
+        "heads": 16,
+        "mlp_ratio": 4.9231,
+        "output_dim": 4096,
+        "n_queries": 256,
+        "image_start_id": 151_857,
+    },
+)
+
+
+def _pair(theirs: str, ours: str, layout: str | None = None) -> tuple[Row, Row]:
+    kernel = "scale" if layout is None else "kernel"
+    return (f"{theirs}.weight", f"{ours}/{kernel}", layout), (f"{theirs}.bias", f"{ours}/bias", None)
+
+
+QKV = ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel")
+QKV_BIAS = ("attn/q/bias", "attn/k/bias", "attn/v/bias")
+TEXT_TOP: tuple[Row, ...] = (
+    ("transformer.wte.weight", "embed/tokens", None),
+    ("transformer.ln_f.weight", "norm/scale", None),
+    ("lm_head.weight", "head/kernel", None),
+)
+TEXT: tuple[Row, ...] = (
+    ("ln_1.weight", "attn_norm/scale", None),
+    ("attn.c_attn.weight", QKV, "(X H) D -> D X H"),
+    ("attn.c_attn.bias", QKV_BIAS, "(X H) -> X H"),
+    ("attn.c_proj.weight", "attn/o/kernel", "D (N H) -> N H D"),
+    ("ln_2.weight", "ffn_norm/scale", None),
+    ("mlp.w1.weight", "ffn/up/kernel", "F D -> D F"),
+    ("mlp.w2.weight", "ffn/gate/kernel", "F D -> D F"),
+    ("mlp.c_proj.weight", "ffn/down/kernel", "D F -> F D"),
+)
+TOWER_TOP: tuple[Row, ...] = (
+    ("transformer.visual.conv1.weight", "patch/map/kernel", "D C P Q -> (C P Q) D"),
+    ("transformer.visual.positional_embedding", "patch/positions", None),
+    *_pair("transformer.visual.ln_pre", "embed_norm"),
+)
+TOWER: tuple[Row, ...] = (  # q, k and v of one head after one another
+    *_pair("ln_1", "attn_norm"),
+    ("attn.in_proj.weight", QKV, "(N X H) D -> D (N X) H"),
+    ("attn.in_proj.bias", QKV_BIAS, "(N X H) -> (N X) H"),
+    *_pair("attn.out_proj", "attn/o", "D (N H) -> N H D"),
+    *_pair("ln_2", "ffn_norm"),
+    *_pair("mlp.c_fc", "ffn/up", "F D -> D F"),
+    *_pair("mlp.c_proj", "ffn/down", "D F -> F D"),
+)
+POOL: tuple[Row, ...] = (
+    ("transformer.visual.attn_pool.query", "queries", None),
+    ("transformer.visual.attn_pool.kv_proj.weight", "inputs/kernel", "E D -> D E"),
+    ("transformer.visual.attn_pool.attn.in_proj_weight", QKV, "(X H) D -> D X H"),
+    ("transformer.visual.attn_pool.attn.in_proj_bias", QKV_BIAS, "(X H) -> X H"),
+    *_pair("transformer.visual.attn_pool.attn.out_proj", "attn/o", "D (N H) -> N H D"),
+    *_pair("transformer.visual.attn_pool.ln_q", "query_norm"),
+    *_pair("transformer.visual.attn_pool.ln_kv", "key_norm"),
+    *_pair("transformer.visual.ln_post", "norm"),
+    ("transformer.visual.proj", "out/kernel", None),
+)
+
+
+def qwen_vl() -> VisionLanguage:
+    """9,655,886,592 parameters, the resampler's fixed sinusoids not counted."""
+    return from_hf({"model_type": MODEL_TYPE, "visual": {}})
+
+
+def from_hf(config: Config) -> VisionLanguage:
+    """Qwen without `visual` is another family."""
+    if config.get("visual") is None:
+        raise ValueError("config.json of qwen: visual is missing; of this family only Qwen-VL is supported")
+    c = read_fields({k: v for k, v in config.items() if k != "visual"}, FIELDS)
+    v = read_fields(dict(config["visual"]) | {"model_type": "qwen.visual"}, VISUAL)
+    text, side, cells = _text(c), round(v["n_queries"] ** 0.5), v["image_size"] // v["patch_size"]
+    dim, out = v["width"], v["output_dim"]
+    if side**2 != v["n_queries"] or out != text.dim or dim == out or out % 128 or v["image_size"] % v["patch_size"]:
+        raise ValueError(
+            f"config.json of qwen: visual must have a square n_queries, output_dim equal to hidden_size, a multiple of "
+            f"128 and unlike width, and image_size a multiple of patch_size; found {v} and hidden_size {text.dim}"
+        )
+    norm, heads = LayerNorm(1e-6), v["heads"]
+    attn = GQA(heads, heads, dim // heads, qkv_bias=True, out_bias=True)
+    block = Block(attn, MLP(int(dim * v["mlp_ratio"]), bias=True), norm)
+    cross = Cross(GQA(out // 128, out // 128, 128, qkv_bias=True, out_bias=True), out)
+    stacks = stacks_of([block] * v["layers"])
+    tower = Vision(dim, stacks, Patches(v["patch_size"]), cells, None if cells == TABLE else TABLE, embed_norm=norm)
+    return VisionLanguage(text, tower, Resampler(side, cross, norm), v["image_start_id"] + 2, name=MODEL_TYPE)
+
+
+def _text(c: Config) -> Transformer:
+    heads, dim, norm = c["num_attention_heads"], c["hidden_size"], RMSNorm(float(c["layer_norm_epsilon"]))
+    if c["kv_channels"] * heads != dim:
+        raise ValueError(f"config.json of qwen: kv_channels must be {dim} / {heads}, found {c['kv_channels']}")
+    rope = Rope(float(c["rotary_emb_base"]), float(c["rotary_pct"]))
+    attn = GQA(heads, heads, c["kv_channels"], rope, qkv_bias=True)
+    stacks = stacks_of([Block(attn, GLU(c["intermediate_size"] // 2), norm)] * c["num_hidden_layers"])
+    changes = c["use_dynamic_ntk"] or c["use_logn_attn"]
+    context = c["seq_length"] if changes else c["max_position_embeddings"]
+    return Transformer(c["vocab_size"], dim, stacks, norm, context, head=LMHead(c["tie_word_embeddings"]), name="qwen")
+
+
+def to_hf(spec: VisionLanguage) -> dict[str, Any]:
+    """The inverse of `from_hf`."""
+    if not isinstance(spec, VisionLanguage) or not isinstance(spec.adapter, Resampler):
+        raise foreign(MODEL_TYPE, spec)
+    text, cfg, norm = spec.text, spec.vision, spec.text.norm
+    (attn, ffn), block = plain_layer(MODEL_TYPE, text), layers_of(cfg)[0]
+    plain = isinstance(ffn, GLU) and isinstance(norm, RMSNorm) and isinstance(attn.position, Rope)
+    if not (plain and isinstance(block.ffn, MLP) and isinstance(block.attn, GQA)):
+        raise foreign(MODEL_TYPE, spec)
+    values = (text.vocab, text.dim, text.layers, attn.heads, 2 * ffn.hidden, norm.eps, text.context, text.context)
+    values += (attn.position.theta, attn.position.fraction, True, True, text.tied, attn.head_dim)
+    ratio = (block.ffn.hidden + 0.5) / cfg.dim  # cut to whole numbers by the reader
+    tower = ((cfg.side or 0) * cfg.patches.size, cfg.patches.size, cfg.dim, cfg.layers, block.attn.heads, ratio)
+    tower += (spec.adapter.cross.dim, spec.adapter.side**2, spec.image_token - 2)
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": list(ARCHITECTURES),
+        "visual": dict(zip(VISUAL.read, tower, strict=True)),
+    } | dict(zip(FIELDS.read, values, strict=True))
+
+
+def names(spec: VisionLanguage) -> list[Rule]:
+    """The resampler's sinusoids are in the files too; they are computed here."""
+    cfg, block = spec.vision, layers_of(spec.vision)[0]
+    assert isinstance(block.attn, GQA), "from_hf gives plain attention"
+    sizes = (("C", 3), ("P", cfg.patches.size), ("N", block.attn.heads))
+    text = within(text_table(spec.text, TEXT_TOP, "transformer.h.{}.", TEXT, "lm_head.weight"), "text/")
+    tower = within(rows_of(cfg, TOWER_TOP, "transformer.visual.transformer.resblocks.{}.", TOWER, sizes), "vision/")
+    pool = within(rows_of(replace(cfg, stacks=()), POOL, "", ()), "adapter/")
+    unused = ("transformer.visual.attn_pool.pos_embed", "*.rotary_emb.inv_freq", "*.attn.masked_bias")
+    return [*text, *applicable([*tower, *pool], model_params(spec)), *map(Unused, unused)]
