@@ -87,6 +87,8 @@ def logits(
     match spec:
         case VisionLanguage():
             ids, mask = _batch(spec, input_ids, attention_mask)
+            if ids.shape[1] > spec.context:
+                raise ValueError(f"input_ids has {ids.shape[1]} tokens, the model a context of {spec.context}; cut it")
             return _visual_logits(spec, runtime, params, *vision_language.prepare(spec, ids, mask, _pixels(spec, more)))
         case TwoTower():
             raise ValueError(f"logits: a {type(spec).__name__} has none; see jaxllm.similarity")
