@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxllm import experiment, host
+from jaxllm.conversion import convert_command
 from jaxllm.data.audit import show_batch
 from jaxllm.data.mixture import batch_at
 from jaxllm.decode import chat
 from jaxllm.decode.rules import Sampling
-from jaxllm.decode.sample import generate, prepare
+from jaxllm.decode.sample import generate
 from jaxllm.decode.stream import require_tokenizer, stream
+from jaxllm.decode.weights import prepare
 from jaxllm.doctor import doctor_command
 from jaxllm.model import Model, load
 from jaxllm.plan.report import info_command, plan_command
@@ -222,6 +224,14 @@ def parser() -> argparse.ArgumentParser:
     _config(p, "config file, run directory, model folder or file, or a preset's name")
     p.add_argument("--devices", type=int, default=1, help="devices that share the training memory")
     p.add_argument("--json", metavar="FILE", help="write the figures here too")
+
+    p = _verb(verbs, "convert", convert_command, "write a model in another format")
+    p.add_argument("source", help="as for generate")
+    p.add_argument("target", help="a new folder")
+    p.add_argument("--to", choices=("hf", "native"), required=True, help="Hugging Face folder, or run directory")
+    p.add_argument("--family", help="with hf: the model_type to write, if the model is an equal function in it")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the source's)")
+    p.add_argument("--shard-size", default="5GB", help="the largest safetensors file (default: %(default)s)")
 
     _verb(verbs, "doctor", doctor_verb, "what is installed, and what jax does not see")
     return top

@@ -189,11 +189,12 @@ def _experiment(path: epath.Path) -> experiment.Experiment:
 
 
 def _load_run(path: epath.Path, step: int | None, dtype: DTypeLike, shardings: Any) -> Model:
-    spec, tokenizer = _experiment(path).model, tokenizers.load(path / "tokenizer")
+    spec, held = _experiment(path).model, path / "tokenizer"
     step, found = load_checkpoint(path, step)
     owner = str(path / CHECKPOINTS / str(step))
     meta = manifest.read(path / CHECKPOINTS / str(step)).meta
-    if "tokenizer" in meta:
+    tokenizer = tokenizers.load(held) if held.exists() or "tokenizer" in meta else None  # a converted one may have none
+    if tokenizer is not None and "tokenizer" in meta:
         check_match(tokenizer, meta["tokenizer"], owner)
     hf.check_vocab(tokenizer, spec, str(path))
     tree = model_params(spec)

@@ -235,6 +235,14 @@ def load(
     flat: dict[str, jax.Array] = {}
     for rule in tensors(table):
         flat |= _load_rule(rule, declared, read, np.dtype(dtype), placed)
+    check_aliases(table, found, read)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: flat["/".join(key.key for key in path)], tree, is_leaf=lambda x: isinstance(x, Param)
+    )
+
+
+def check_aliases(table: Table, found: Mapping[str, Shape], read: Read) -> None:
+    """Raise ValueError when a second copy of a parameter differs from the first."""
     for rule in table:
         if isinstance(rule, Alias) and rule.name in found:
             original = next(r.name for r in tensors(table) if r.paths == (rule.of,))
@@ -243,9 +251,6 @@ def load(
                     f"{rule.name} differs from {original}, though the config ties them; "
                     "set tie_word_embeddings=false if the head is its own, or remove the tensor"
                 )
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: flat["/".join(key.key for key in path)], tree, is_leaf=lambda x: isinstance(x, Param)
-    )
 
 
 def _load_rule(

@@ -202,7 +202,7 @@ def _write(
                 name, array = next(stream)
                 if name != expected or array.shape != shape:
                     raise ValueError(f"{file}: {expected} {shape} must come next, got {name} {array.shape}")
-                out.write(np.ascontiguousarray(array, dtype).tobytes())
+                out.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)
         temporary.replace(file)
     except BaseException:
         temporary.unlink(missing_ok=True)
