@@ -14,8 +14,8 @@ from rich.console import Console
 from jaxllm.data.chat import Message, render_chat
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.decode.rules import Sampling
-from jaxllm.decode.sample import prepare
 from jaxllm.decode.stream import Decoder, TextModel, pieces, require_tokenizer
+from jaxllm.decode.weights import prepare
 from jaxllm.runtime import Runtime
 
 HELP = "/reset starts over · /quit or Ctrl-D leaves · Ctrl-C stops an answer"

@@ -23,19 +23,20 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxllm import cache
-from jaxllm import params as trees
 from jaxllm.cache import Caches
-from jaxllm.config import Block, DynamicNTK, Stack, Transformer, VisionLanguage
+from jaxllm.config import DynamicNTK, EncoderDecoder, Transformer, VisionLanguage
 from jaxllm.decode.images import see
+from jaxllm.decode.memory import part_that_speaks, read, text_half
 from jaxllm.decode.rules import GREEDY, Past, Sampling
-from jaxllm.leaves import Weight, matrix
-from jaxllm.nn.head import lm_head
-from jaxllm.nn.position import by_length
-from jaxllm.records import Inputs, Output, Params
+from jaxllm.decode.weights import layered, prepare
+from jaxllm.nn.position import by_length, relative_bias
+from jaxllm.records import Inputs, Memory, Output, Params
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import constrain, use
-from jaxllm.transformer import block_params, forward, logits, transformer_params
+from jaxllm.sharding import constrain
+from jaxllm.transformer import forward, logits
 from jaxllm.vision_language import Pixels
+
+__all__ = ["Feed", "Generation", "Program", "State", "advance", "begin", "fill", "generate", "prepare"]
 
 CHUNK = 1024  # prompt tokens fed at once; a longer one goes through in a loop, since its rows are as large as its cache
 
@@ -62,7 +63,7 @@ class Feed:
 
     embeds_BTD: what stands in the tokens' place (text with images in it).  position_ABT: int32, what rotary sees of
     them.  shift_B: int32, without `position_ABT`: position = slot + shift (M-RoPE counts an image's tokens as fewer).
-    None: the tokens; slots.
+    None: the tokens; slots.  memory: what cross-attention reads, its keys and values made.
     """
 
     new_BT: Int[Array, "B T"]
@@ -71,6 +72,7 @@ class Feed:
     embeds_BTD: Float[Array, "B T D"] | None = None
     position_ABT: Int[Array, "A B T"] | None = None
     shift_B: Int[Array, " B"] | None = None
+    memory: Memory | None = None
 
     def part(self, i: Any, width: int) -> Feed:
         """The i-th chunk of `width` tokens."""
@@ -81,7 +83,7 @@ class Feed:
         count_B = jnp.clip(self.count_B - i * width, 0, width)
         new_BT = jax.lax.dynamic_slice_in_dim(self.new_BT, i * width, width, 1)
         start_B, embeds_BTD, position_ABT = self.start_B + i * width, of(self.embeds_BTD, 1), of(self.position_ABT, 2)
-        return Feed(new_BT, start_B, count_B, embeds_BTD, position_ABT, self.shift_B)
+        return Feed(new_BT, start_B, count_B, embeds_BTD, position_ABT, self.shift_B, self.memory)
 
 
 @struct.dataclass
@@ -91,7 +93,7 @@ class State:
     past: all tokens of each row; the last one is not yet in the caches.  cached_B: slots that are.
     logprob_BS: float32, of each token of `past` that was generated, under the model before any rule; 0 for the prompt.
     rules: the state of the logits rules.  key_B: one random key per row.  limit_B: length at which a row ends.
-    shift_B: as in `Feed`.
+    shift_B, memory: as in `Feed`.
     """
 
     caches: Caches
@@ -103,6 +105,7 @@ class State:
     limit_B: Int[Array, " B"]
     done_B: Array
     shift_B: Int[Array, " B"] | None = None
+    memory: Memory | None = None
 
 
 @struct.dataclass
@@ -125,61 +128,8 @@ class Generation:
 # ------------------------------------------------------------------------------------------------- the public verbs
 
 
-def prepare(params: Params, spec: Transformer | VisionLanguage, runtime: Runtime) -> Params:
-    """The same weights, laid out once for decoding: in the compute dtype and, on a CPU, layer by layer as `Matrix`.
-
-    Optional, and idempotent. Costs one copy of the weights, and saves casting (and on CPU copying) them at every token.
-    """
-    if isinstance(spec, VisionLanguage):
-        return params | {"text": prepare(params["text"], spec.text, runtime)}
-    if runtime.layout is not None or _prepared(params):
-        return params
-    tree = transformer_params(spec)
-    ready = use(tree, params, None, runtime.compute_dtype)
-    if jax.default_backend() != "cpu":
-        return ready
-    ready = trees.unstack(ready)
-    stacks = {
-        s: {b: [_flat(spec.stacks[int(s)].pattern[int(b)], spec.dim, p) for p in layers] for b, layers in stack.items()}
-        for s, stack in ready["stacks"].items()
-    }
-    embed = ready["embed"] | {"tokens": matrix(ready["embed"]["tokens"], 1)}
-    own = "kernel" in ready.get("head", {}) and not lm_head(spec).normalised
-    head = {"head": ready["head"] | {"kernel": matrix(ready["head"]["kernel"], 1)}} if own else {}
-    return ready | head | {"embed": embed, "stacks": stacks}
-
-
-def _flat(cfg: Block, dim: int, layer: Params) -> Params:
-    """One layer with its kernels as matrices: [embed, ...] or [..., embed]."""
-
-    def one(path: tuple[Any, ...], p: trees.Param, w: Weight) -> Weight:
-        kernel = trees.path_name(path).endswith("kernel")
-        return matrix(w, len(p.axes) - p.outputs) if kernel and "experts" not in p.axes else w
-
-    return jax.tree_util.tree_map_with_path(one, block_params(cfg, dim, 1.0), layer, is_leaf=trees.is_param)
-
-
-def layered(spec: Transformer, params: Params) -> tuple[Transformer, Params]:
-    """The same function with every layer a place of its own, if the weights come layer by layer; free of charge.
-
-    Then each layer has its own cache arrays, where a slice of a stacked cache would be copied by XLA on CPU.
-    """
-    if not _prepared(params):
-        return spec, params
-    stacks, weights = [], {}
-    for s, stack in enumerate(spec.stacks):
-        held = [params["stacks"][str(s)][str(b)][i] for i in range(stack.repeats) for b in range(len(stack.pattern))]
-        stacks.append(Stack(stack.pattern * stack.repeats, 1))
-        weights[str(s)] = {str(b): [layer] for b, layer in enumerate(held)}
-    return replace(spec, stacks=tuple(stacks)), params | {"stacks": weights}
-
-
-def _prepared(params: Params) -> bool:
-    return any(isinstance(block, list) for stack in params["stacks"].values() for block in stack.values())
-
-
 def generate(
-    spec: Transformer | VisionLanguage,
+    spec: Transformer | VisionLanguage | EncoderDecoder,
     params: Params,
     prompts: Sequence[Sequence[int]],
     *,
@@ -194,15 +144,21 @@ def generate(
 
     seeds: one per row, or a number s for s, s + 1, ...  The same seed and prompt give the same row in any batch.
     Lengths are padded to buckets, so that calls of like size share a compilation.
-    pixels: images of a vision-language model, as `jaxllm.logits` takes them.  Raises ValueError for an empty prompt, an
-    id outside the vocabulary, more tokens than `spec.context`, or images that do not fit their tokens.
+    Of an encoder-decoder `prompts` are what the encoder reads, and the tokens are what the decoder says after its start
+    id.  pixels: images of a vision-language model, as `jaxllm.logits` takes them.
+    Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than `spec.context`, or images that
+    do not fit their tokens.
     """
+    source = prompts
+    if isinstance(spec, EncoderDecoder):
+        prompts = [[spec.start]] * len(prompts)
     check(spec, prompts, max_new_tokens)
     longest = max(map(len, prompts))
-    text, own = (spec.text, params["text"]) if isinstance(spec, VisionLanguage) else (spec, params)
-    text, own = layered(text, own)
+    text, own = layered(*text_half(spec, params))
     program = Program(text, runtime, sampling, tuple(eos), bucket(longest + max_new_tokens))
     feed, *start = _start(program, prompts, bucket(longest), seeds, max_new_tokens)
+    if isinstance(spec, EncoderDecoder):
+        feed = replace(feed, memory=read(spec, text, (params, own), runtime, source))
     if isinstance(spec, VisionLanguage):
         feed = replace(feed, **see(spec, params, runtime, feed.new_BT, feed.count_B, pixels)._asdict())
     elif pixels:
@@ -210,13 +166,16 @@ def generate(
     return _collect(_generate(program, own, feed, *start), max_new_tokens)
 
 
-def check(spec: Transformer | VisionLanguage, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check(
+    spec: Transformer | VisionLanguage | EncoderDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
     """ValueError unless these prompts and their answers fit the model."""
     if not prompts or max_new_tokens < 1:
         raise ValueError(f"generate: wants prompts and max_new_tokens >= 1, got {len(prompts)} and {max_new_tokens}")
     placed = spec.image_token if isinstance(spec, VisionLanguage) else None  # may lie outside the vocabulary
-    stacks = (spec.text if isinstance(spec, VisionLanguage) else spec).stacks
+    stacks = part_that_speaks(spec).stacks
     endless = any(isinstance(scaling, DynamicNTK) for scaling in by_length(stacks))  # made for more than `context`
+    endless = endless or relative_bias(stacks) is not None
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"generate: prompt {i} has no tokens; start it with the tokenizer's bos id or some text")
@@ -296,7 +255,7 @@ def run(program: Program, params: Params, caches: Caches, feed: Feed, fresh: boo
     position = position if feed.position_ABT is None else feed.position_ABT
     tokens_BT = feed.new_BT if feed.embeds_BTD is None else None
     slot_BT, segment_BT = None if fresh else slot_BT, real_BT.astype(jnp.int32)
-    given = Inputs(tokens_BT, position, feed.embeds_BTD, slot_BT, segment_BT)
+    given = Inputs(tokens_BT, position, feed.embeds_BTD, slot_BT, segment_BT, memory=feed.memory)
     runtime = program.runtime
     held = cache.init(program.spec, feed.new_BT.shape[0], 0, runtime.compute_dtype) if fresh else caches
     out = forward(params, program.spec, given, runtime, held)
@@ -334,7 +293,7 @@ def begin(
     cached_B, zeros_BS = feed.start_B + feed.count_B, jnp.zeros(past.tokens_BS.shape, jnp.float32)
     keys, done_B = jax.vmap(jax.random.key)(seed_B), jnp.zeros(batch, bool)
     rules = program.sampling.rule.init(past)
-    state = State(caches, past, cached_B, zeros_BS, rules, keys, limit_B, done_B, feed.shift_B)
+    state = State(caches, past, cached_B, zeros_BS, rules, keys, limit_B, done_B, feed.shift_B, feed.memory)
     return choose(program, params, state, hidden_BD)
 
 
@@ -370,7 +329,7 @@ def advance(program: Program, params: Params, state: State, steps: Int[Array, ""
     def step(carry: tuple[Array, State]) -> tuple[Array, State]:
         i, state = carry
         at_B = state.past.length_B - 1
-        feed = Feed(_last(state.past)[:, None], at_B, jnp.ones_like(at_B), shift_B=state.shift_B)
+        feed = Feed(_last(state.past)[:, None], at_B, jnp.ones_like(at_B), shift_B=state.shift_B, memory=state.memory)
         hidden_BD, out = run(program, params, state.caches, feed)
         new = choose(program, params, state, hidden_BD)
         seen_B = _last(new.past) >= 0  # always so; it makes the write wait for the token even if nothing else does
@@ -389,7 +348,7 @@ def _last(past: Past) -> Int[Array, " B"]:
 @partial(jax.jit, static_argnums=0)
 def _generate(program: Program, params: Params, feed: Feed, past: Past, seed_B: Array, limit_B: Array) -> State:
     state = begin(program, params, None, feed, past, seed_B, limit_B)
-    return replace(advance(program, params, state, program.size), caches=())
+    return replace(advance(program, params, state, program.size), caches=(), memory=None)
 
 
 @partial(jax.jit, static_argnums=1)

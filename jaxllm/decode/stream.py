@@ -17,7 +17,8 @@ from jaxllm.cache import Caches, forget
 from jaxllm.config import Transformer
 from jaxllm.data.tokenizer import Stream, Tokenizer
 from jaxllm.decode.rules import GREEDY, Past, Sampling
-from jaxllm.decode.sample import Feed, Program, State, advance, begin, bucket, check, ints, layered, pad, whole_chunks
+from jaxllm.decode.sample import Feed, Program, State, advance, begin, bucket, check, ints, pad, whole_chunks
+from jaxllm.decode.weights import layered
 from jaxllm.records import Params
 from jaxllm.runtime import Runtime
 
