@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -26,8 +27,9 @@ from jaxllm.decode.stream import require_tokenizer, stream
 from jaxllm.decode.weights import prepare
 from jaxllm.doctor import doctor_command
 from jaxllm.model import Model, load
-from jaxllm.plan.report import info_command, plan_command
+from jaxllm.plan.report import find, info_command, plan_command
 from jaxllm.runtime import Runtime
+from jaxllm.show_mask import draw, pattern_of, patterns_in
 from jaxllm.train import dataset
 from jaxllm.train.evaluate import evaluate_corpus
 from jaxllm.train.loop import Options, train
@@ -165,6 +167,18 @@ def info_verb(args: argparse.Namespace) -> int:
     return info_command(args.config, args.overrides, args.json, args.devices)
 
 
+def show_mask_verb(args: argparse.Namespace) -> int:
+    """Draw which token sees which, for a pattern or the layers of a model, as PNG."""
+    written = "(" in args.what
+    spec = None if written else find(args.what)
+    spec = getattr(spec, "model", spec)
+    patterns = {args.what: pattern_of(args.what)} if written else patterns_in(spec)
+    for line in draw(patterns, args.length, Path(args.out)):
+        print(line)
+    print(f"wrote {args.out}")
+    return 0
+
+
 def doctor_verb(args: argparse.Namespace) -> int:
     """What is installed, and which devices jax does not see."""
     return doctor_command()
@@ -232,6 +246,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--family", help="with hf: the model_type to write, if the model is an equal function in it")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: the source's)")
     p.add_argument("--shard-size", default="5GB", help="the largest safetensors file (default: %(default)s)")
+
+    p = _verb(verbs, "show-mask", show_mask_verb, "draw which token sees which")
+    p.add_argument("what", help="a pattern such as 'Causal() & Local(64)', or a model as for info")
+    p.add_argument("--length", type=int, default=512, help="tokens, and pixels (default: 512)")
+    p.add_argument("--out", default="mask.png", metavar="FILE")
 
     _verb(verbs, "doctor", doctor_verb, "what is installed, and what jax does not see")
     return top

@@ -48,12 +48,16 @@ class Dilated(_Algebra):
 
 @dataclass(frozen=True)
 class Strided(_Algebra):
-    """Distances below `stride`, and its multiples (Sparse Transformer, Child et al. 2019, §4.2; there with Causal)."""
+    """Distances below `stride`, and its multiples (Sparse Transformer, Child et al. 2019, §4.2; there with Causal).
+
+    Counted in blocks of `size` slots, as the paper's kernels do: single columns would not spare a matrix unit anything.
+    """
 
     stride: int
+    size: int = 1
 
     def __post_init__(self) -> None:
-        _positive(self, self.stride)
+        _positive(self, self.stride, self.size)
 
 
 @dataclass(frozen=True)

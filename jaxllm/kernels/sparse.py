@@ -37,8 +37,8 @@ def allowed(pattern: Sparse, q_slot: Slots, k_slot: Slots) -> Any:
         case config.Dilated(window, step):
             distance = q_slot - k_slot
             return (distance < window * step) & (distance > -window * step) & (distance % step == 0)
-        case config.Strided(stride):
-            distance = q_slot - k_slot
+        case config.Strided(stride, size):
+            distance = q_slot // size - k_slot // size
             return (distance < stride) & (distance > -stride) | (distance % stride == 0)
         case config.Fixed(stride, summary):
             return (q_slot // stride == k_slot // stride) | (k_slot % stride >= stride - summary)
@@ -60,7 +60,8 @@ def block_kind(pattern: Sparse, queries: tuple[Any, Any], keys: tuple[Any, Any])
             last = window * step - 1
             some = _multiples(np.maximum(nearest, -last), np.minimum(furthest, last), step) > 0
             return kind(some, some & ((nearest == furthest) | (step == 1)) & (furthest <= last) & (nearest >= -last))
-        case config.Strided(stride):
+        case config.Strided(stride, size):
+            nearest, furthest = q_lo // size - (k_hi - 1) // size, (q_hi - 1) // size - k_lo // size
             some = (nearest < stride) & (furthest > -stride) | (_multiples(nearest, furthest, stride) > 0)
             inside = (furthest <= stride) & (nearest >= -stride)
             return kind(some, inside | some & ((nearest == furthest) | (stride == 1)))

@@ -1,0 +1,111 @@
+"""Pictures of who sees whom: a pattern, or those of a model's layers, as PNG. `jaxllm show-mask`."""
+
+from __future__ import annotations
+
+import ast
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, assert_never
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from jaxllm import config
+from jaxllm.config import Causal, EncoderDecoder, Pattern, Transformer
+from jaxllm.kernels.bigbird import at_length
+from jaxllm.kernels.pattern import allowed
+
+WORDS = [
+    "Full",
+    "Causal",
+    "Local",
+    "Dilated",
+    "Strided",
+    "Fixed",
+    "Blocks",
+    "RandomBlocks",
+    "Rows",
+    "Columns",
+    "GlobalTokens",
+    "BigBird",
+]  # what a pattern is written with
+GAP = 8  # pixels between two pictures
+
+
+def pattern_of(text: str) -> Pattern:
+    """The pattern that is written as in Python: "Causal() & (Local(64) | GlobalTokens(2))". Nothing is executed.
+
+    Raises ValueError for anything else.
+    """
+
+    def read(node: ast.expr) -> Any:
+        match node:
+            case ast.BinOp(left, ast.BitAnd(), right):
+                return read(left) & read(right)
+            case ast.BinOp(left, ast.BitOr(), right):
+                return read(left) | read(right)
+            case ast.Call(ast.Name(name), args, keywords) if name in WORDS:
+                named = {k.arg: ast.literal_eval(k.value) for k in keywords if k.arg is not None}
+                return getattr(config, name)(*map(ast.literal_eval, args), **named)
+            case _:
+                raise ValueError(
+                    f"{ast.unparse(node)!r} is no pattern; known are {', '.join(WORDS)}, joined by & and |"
+                )
+
+    try:
+        return read(ast.parse(text, mode="eval").body)
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"{text!r} is no pattern ({error}); write for example 'Causal() & Local(64)'") from error
+
+
+def patterns_in(spec: Transformer | EncoderDecoder) -> dict[str, Pattern]:
+    """Every distinct pattern of a model's self-attention, by the first layer that has it."""
+    match spec:
+        case EncoderDecoder(encoder, decoder):
+            parts = {"encoder": patterns_in(encoder), "decoder": patterns_in(decoder)}
+            return {f"{part}, {name}": p for part, found in parts.items() for name, p in found.items()}
+        case Transformer():
+            blocks = [block for stack in spec.stacks for _ in range(stack.repeats) for block in stack.pattern]
+            own = [Causal() & b.attn.pattern if spec.causal else b.attn.pattern for b in blocks]
+            return {f"layer {own.index(p)}": p for p in dict.fromkeys(own)}
+        case other:
+            assert_never(other)
+
+
+def visible(pattern: Pattern, length: int) -> Bool[np.ndarray, "T S"]:
+    """Which query (row) sees which key (column) in a row of `length` tokens."""
+    slots = np.arange(length, dtype=np.int32)
+    plain = at_length(pattern, length)
+    return np.broadcast_to(allowed(plain, slots[:, None], slots[None]), (length, length))
+
+
+def picture(masks: list[Bool[np.ndarray, "T S"]]) -> UInt8[np.ndarray, "h w"]:
+    """Grey pictures side by side: black where a key is seen."""
+    tiles: list[np.ndarray] = []
+    for mask in masks:
+        tiles += [np.full((len(mask), GAP), 128, np.uint8), np.where(mask, 0, 255).astype(np.uint8)]
+    return np.concatenate(tiles[1:], 1)
+
+
+def png(grey: UInt8[np.ndarray, "h w"]) -> bytes:
+    """An 8-bit grey PNG (ISO/IEC 15948)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = grey.shape
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), grey], 1).tobytes()
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def draw(patterns: dict[str, Pattern], length: int, out: Path) -> list[str]:
+    """Write the picture; a line for each pattern: its name, itself, the share of pairs that may meet."""
+    if not 1 <= length <= 8192:
+        raise ValueError(f"show-mask: length={length} must be in 1..8192, a pixel per token")
+    masks = {name: visible(p, length) for name, p in patterns.items()}
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.write_bytes(png(picture(list(masks.values()))))
+    temporary.rename(out)
+    return [f"{name}: {p}, {100 * masks[name].mean():.2f} % of pairs" for name, p in patterns.items()]
