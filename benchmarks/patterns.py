@@ -78,9 +78,7 @@ def child(name: str) -> dict[str, float]:
 
 
 def table() -> None:
-    print(
-        "| pattern | pairs, % of the base | forward ms (% of the base) | backward ms (% of the base) |\n|---|---|---|---|"
-    )
+    print("| pattern | pairs | forward ms (of the base) | backward ms (of the base) |\n|---|---|---|---|")
     seen: dict[str, tuple[float, dict[str, float]]] = {}
     for name, (pattern, base) in PATTERNS.items():
         seen[name] = density(pattern), child(name)

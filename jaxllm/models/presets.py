@@ -18,6 +18,7 @@ from jaxllm.config import (
     Block,
     Cross,
     DynamicNTK,
+    EncoderDecoder,
     Llama3,
     Local,
     Longformer,
@@ -33,12 +34,16 @@ from jaxllm.config import (
 )
 from jaxllm.models import (
     baichuan,
+    bart,
+    bert,
+    big_bird,
     bloom,
     chatglm,
     cohere,
     cohere2,
     deepseek_v2,
     deepseek_v3,
+    distilbert,
     falcon,
     gemma,
     gemma2,
@@ -51,8 +56,10 @@ from jaxllm.models import (
     gptj,
     granite,
     llama,
+    longformer,
     mixtral,
     mpt,
+    mt5,
     olmo,
     olmo2,
     olmoe,
@@ -62,9 +69,11 @@ from jaxllm.models import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    roberta,
     smollm3,
     stablelm,
     starcoder2,
+    t5,
 )
 
 PRESETS: dict[str, Callable[[], Transformer]] = {
@@ -117,6 +126,28 @@ PRESETS: dict[str, Callable[[], Transformer]] = {
         mpt.mpt_7b,
         opt.opt_125m,
         opt.opt_350m,
+        bert.bert_base,
+        bert.bert_large,
+        bert.bert_base_pretraining,
+        roberta.roberta_base,
+        roberta.roberta_large,
+        distilbert.distilbert_base,
+        big_bird.bigbird_roberta_base,
+        longformer.longformer_base,
+        longformer.longformer_large,
+    )
+}
+
+ENCODER_DECODERS: dict[str, Callable[[], EncoderDecoder]] = {
+    f.__name__: f
+    for f in (
+        t5.t5_small,
+        t5.t5_base,
+        t5.t5_v1_1_small,
+        t5.t5_v1_1_base,
+        mt5.mt5_small,
+        bart.bart_base,
+        bart.bart_large,
     )
 }
 
@@ -155,6 +186,11 @@ def toy(spec: Transformer, *, dim: int = 48, vocab: int = 97, window: int = 5, r
         dim=None if e.dim is None else dim // 2,
     )
     return replace(spec, vocab=vocab, dim=dim, stacks=stacks, context=64, embed=embed, name=f"toy_{spec.name}")
+
+
+def toy_encoder_decoder(spec: EncoderDecoder) -> EncoderDecoder:
+    """Both halves at toy size."""
+    return EncoderDecoder(toy(spec.encoder), toy(spec.decoder), min(spec.start, 3), f"toy_{spec.name}")
 
 
 def _small_attention(attn: Attention, window: int) -> Attention:

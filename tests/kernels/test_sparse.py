@@ -38,7 +38,7 @@ EXACT = [
     Columns(7, 8), GlobalTokens(3), RandomBlocks(4, 2, N, seed=1), RandomBlocks(5, 1, 43),
 ]  # fmt: skip
 CAREFUL = [
-    Fixed(6, 2), Causal() & Strided(5), Local(3) | GlobalTokens(2), Causal() & Fixed(8, 1), Blocks(4, 1) & Columns(0, 30),
+    Fixed(6, 2), Causal() & Strided(5), Local(3) | GlobalTokens(2), Causal() & Fixed(8, 1), Blocks(4, 1) & Rows(0, 30),
     at_length(BigBird(4, 1), N), at_length(BigBird(4, 1, seed=5), N), at_length(BigBird(4, 1, seed=5), 45),
 ]  # fmt: skip
 
