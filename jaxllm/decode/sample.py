@@ -26,6 +26,7 @@ from jaxllm import cache
 from jaxllm.cache import Caches
 from jaxllm.config import DynamicNTK, EncoderDecoder, Transformer, VisionLanguage
 from jaxllm.decode.images import see
+from jaxllm.decode.layout import spread
 from jaxllm.decode.memory import part_that_speaks, read, text_half
 from jaxllm.decode.rules import GREEDY, Past, Sampling
 from jaxllm.decode.weights import layered, prepare
@@ -155,6 +156,7 @@ def generate(
     check(spec, prompts, max_new_tokens)
     longest = max(map(len, prompts))
     text, own = layered(*text_half(spec, params))
+    runtime = spread(runtime, len(prompts))
     program = Program(text, runtime, sampling, tuple(eos), bucket(longest + max_new_tokens))
     feed, *start = _start(program, prompts, bucket(longest), seeds, max_new_tokens)
     if isinstance(spec, EncoderDecoder):

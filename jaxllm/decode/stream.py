@@ -16,6 +16,7 @@ import numpy as np
 from jaxllm.cache import Caches, forget
 from jaxllm.config import Transformer
 from jaxllm.data.tokenizer import Stream, Tokenizer
+from jaxllm.decode.layout import spread
 from jaxllm.decode.rules import GREEDY, Past, Sampling
 from jaxllm.decode.sample import Feed, Program, State, advance, begin, bucket, check, ints, pad, whole_chunks
 from jaxllm.decode.weights import layered
@@ -50,7 +51,7 @@ class Decoder:
         self, spec: Transformer, params: Params, runtime: Runtime = Runtime(), eos: Sequence[int] = ()
     ) -> None:
         self.spec, self.params = layered(spec, params)
-        self.runtime, self.eos = runtime, tuple(eos)
+        self.runtime, self.eos = spread(runtime, 1), tuple(eos)
         self._state: State | None = None
         self._size = 0
 

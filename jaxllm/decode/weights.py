@@ -9,6 +9,7 @@ import jax
 
 from jaxllm import params as trees
 from jaxllm.config import Block, EncoderDecoder, Stack, Transformer, VisionLanguage
+from jaxllm.decode.layout import laid_out
 from jaxllm.encoder_decoder import half
 from jaxllm.leaves import Weight, matrix
 from jaxllm.nn.head import lm_head
@@ -22,6 +23,7 @@ def prepare(params: Params, spec: Transformer | VisionLanguage | EncoderDecoder,
     """The same weights, laid out once for decoding: in the compute dtype and, on a CPU, layer by layer as `Matrix`.
 
     Optional, and idempotent. Costs one copy of the weights, and saves casting (and on CPU copying) them at every token.
+    With a layout, under its mesh: sharded over tensor alone, so that no token waits for weights to be gathered.
     """
     if isinstance(spec, VisionLanguage):
         return params | {"text": prepare(params["text"], spec.text, runtime)}
@@ -29,7 +31,9 @@ def prepare(params: Params, spec: Transformer | VisionLanguage | EncoderDecoder,
         ready = prepare(half(params, "decoder"), spec.decoder, runtime)
         embed = {name: x for name, x in ready["embed"].items() if name != "tokens"}
         return params | {"decoder": ready | {"embed": embed}}
-    if runtime.layout is not None or _prepared(params):
+    if runtime.layout is not None:
+        return laid_out(params, spec, runtime)
+    if _prepared(params):
         return params
     tree = transformer_params(spec)
     ready = use(tree, params, None, runtime.compute_dtype)
