@@ -229,8 +229,10 @@ def _define(i: _Instruction, sources: dict[str, int]) -> Run:
 
 def _compute(i: _Instruction, sources: dict[str, int]) -> Callable[[Machine], Number]:
     if i.kind.startswith("inlined_call_operand"):
-        by_value, number = i.kind.endswith(("<no", ".")), sources.get(str(i.result))
-        return lambda machine: machine.scalars[number][0] if by_value and number in machine.scalars else None
+        number = sources.get(str(i.result))
+        if number is None or not i.kind.endswith(("<no", ".")):  # an address; with "no memory space" a value
+            return lambda machine: None
+        return lambda machine: machine.scalars[number][0] if number in machine.scalars else None
     operands = [value_of(text) for text in i.operands]
     if i.kind == "sld":
         return lambda machine: machine.memory.get(operands[0](machine))

@@ -180,7 +180,7 @@ class Machine:
 
     def fetch(self, operand: int | None, to: Number) -> None:
         """What a copy brings into scalar memory: the integers of a prefetched operand."""
-        if operand in self.scalars and to is not None:
+        if operand is not None and operand in self.scalars and to is not None:
             self.memory |= {to + i: int(x) for i, x in enumerate(self.scalars[operand])}
 
     def copy(self, granules: Number, flag: Number, outside: bool) -> None:
