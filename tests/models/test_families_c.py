@@ -20,6 +20,7 @@ from jaxllm.models.presets import PRESETS
 from jaxllm.models.rope import classic
 from jaxllm.params import paths
 from tests.models import published
+from tests.models.hub_configs import HUB
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 SIZES = [
@@ -56,6 +57,11 @@ def test_published_size(name):
     family, config = family_of_spec(spec)
     assert spec_of_config(config) == spec_of_config(classic(config)) == spec
     assert sum(map(math.prod, rules.wanted(family.names(spec), tree).values())) == count
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_published_config(name):
+    assert spec_of_config(HUB[name]) == PRESETS[name]()
 
 
 def test_published_shapes():
