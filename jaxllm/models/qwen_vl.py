@@ -40,6 +40,7 @@ from jaxllm.models.common import (
     within,
 )
 from jaxllm.models.common import table as text_table
+from jaxllm.models.rope import modern, rope_from
 
 MODEL_TYPE = "qwen"
 ARCHITECTURES = ("QWenLMHeadModel",)
@@ -57,12 +58,11 @@ FIELDS = Fields(
         "layer_norm_epsilon": 1e-6,
         "seq_length": 2048,
         "max_position_embeddings": 8192,
-        "rotary_emb_base": 10_000.0,
-        "rotary_pct": 1.0,
         "use_dynamic_ntk": True,
         "use_logn_attn": True,
         "tie_word_embeddings": False,
         "kv_channels": 128,
+        "rope_parameters": None,
     },
     only={"no_bias": (True,), "scale_attn_weights": (True,)},
     ignored=frozenset({"attn_dropout_prob", "emb_dropout_prob", "bf16", "fp16", "fp32", "onnx_safe", "tokenizer_type"})
@@ -141,7 +141,7 @@ def from_hf(config: Config) -> VisionLanguage:
     """Qwen without `visual` is another family."""
     if config.get("visual") is None:
         raise ValueError("config.json of qwen: visual is missing; of this family only Qwen-VL is supported")
-    c = read_fields({k: v for k, v in config.items() if k != "visual"}, FIELDS)
+    c = read_fields({k: v for k, v in modern(config).items() if k != "visual"}, FIELDS)
     v = read_fields(dict(config["visual"]) | {"model_type": "qwen.visual"}, VISUAL)
     text, side, cells = _text(c), round(v["n_queries"] ** 0.5), v["image_size"] // v["patch_size"]
     dim, out = v["width"], v["output_dim"]
@@ -163,7 +163,9 @@ def _text(c: Config) -> Transformer:
     heads, dim, norm = c["num_attention_heads"], c["hidden_size"], RMSNorm(float(c["layer_norm_epsilon"]))
     if c["kv_channels"] * heads != dim:
         raise ValueError(f"config.json of qwen: kv_channels must be {dim} / {heads}, found {c['kv_channels']}")
-    rope = Rope(float(c["rotary_emb_base"]), float(c["rotary_pct"]))
+    rope = rope_from(c["rope_parameters"], c["max_position_embeddings"], partial=True)
+    if rope.scaling is not None:
+        raise ValueError(f"config.json of qwen: rope_type must be 'default', found {rope.scaling}; it is not supported")
     attn = GQA(heads, heads, c["kv_channels"], rope, qkv_bias=True)
     stacks = stacks_of([Block(attn, GLU(c["intermediate_size"] // 2), norm)] * c["num_hidden_layers"])
     changes = c["use_dynamic_ntk"] or c["use_logn_attn"]
@@ -181,7 +183,8 @@ def to_hf(spec: VisionLanguage) -> dict[str, Any]:
     if not (plain and isinstance(block.ffn, MLP) and isinstance(block.attn, GQA)):
         raise foreign(MODEL_TYPE, spec)
     values = (text.vocab, text.dim, text.layers, attn.heads, 2 * ffn.hidden, norm.eps, text.context, text.context)
-    values += (attn.position.theta, attn.position.fraction, True, True, text.tied, attn.head_dim)
+    values += (True, True, text.tied, attn.head_dim)
+    rotation = {"rotary_emb_base": attn.position.theta, "rotary_pct": attn.position.fraction}
     ratio = (block.ffn.hidden + 0.5) / cfg.dim  # cut to whole numbers by the reader
     tower = ((cfg.side or 0) * cfg.patches.size, cfg.patches.size, cfg.dim, cfg.layers, block.attn.heads, ratio)
     tower += (spec.adapter.cross.dim, spec.adapter.side**2, spec.image_token - 2)
@@ -189,7 +192,8 @@ def to_hf(spec: VisionLanguage) -> dict[str, Any]:
         "model_type": MODEL_TYPE,
         "architectures": list(ARCHITECTURES),
         "visual": dict(zip(VISUAL.read, tower, strict=True)),
-    } | dict(zip(FIELDS.read, values, strict=True))
+        **rotation,
+    } | dict(zip([name for name in FIELDS.read if name != "rope_parameters"], values, strict=True))
 
 
 def names(spec: VisionLanguage) -> list[Rule]:
