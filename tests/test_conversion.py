@@ -143,6 +143,12 @@ def test_native_and_back(tmp_path, name):
     same_bits(GOLDENS / name, tmp_path / "hf")
 
 
+@pytest.mark.parametrize("name", ["bert", "t5_v1_1", "clip", "qwen2_vl", "deepseek_v3"])
+def test_models_of_any_kind_keep_their_bits(tmp_path, name):
+    convert(GOLDENS / name, tmp_path / "out", "hf", shard_bytes=200_000)
+    same_bits(GOLDENS / name, tmp_path / "out")
+
+
 def test_gguf_to_a_folder(tmp_path):
     """Its interleaved pairs become halves: the bits of the folder that the file was made of."""
     gguf_file.write(tmp_path / "model.gguf", gguf_file.tensors_of("llama_gqa"))
@@ -195,6 +201,8 @@ def test_refusals(tmp_path):
         convert(GOLDENS / "llama_gqa", tmp_path / "used", "hf")
     with pytest.raises(ValueError, match="--family llama is for --to hf"):
         convert(GOLDENS / "llama_gqa", tmp_path / "out", "native", family="llama")
+    with pytest.raises(ValueError, match="a run directory holds a Transformer, found EncoderDecoder"):
+        convert(GOLDENS / "t5_v1_1", tmp_path / "out", "native")
     with pytest.raises(FileNotFoundError):
         convert(tmp_path / "absent", tmp_path / "out", "hf")
     twice = changed(tmp_path, "qwen2", lambda k, v: v)
