@@ -27,3 +27,16 @@ def model_params(spec: Spec) -> ParamTree:
             return vision_language_params(spec)
         case other:
             assert_never(other)
+
+
+def halves(spec: Spec) -> dict[str, Transformer]:
+    """The transformers over tokens that a model is made of, by the name of their parameters; "" is the whole model."""
+    match spec:
+        case Transformer():
+            return {"": spec}
+        case EncoderDecoder():
+            return {"encoder": spec.encoder, "decoder": spec.decoder}
+        case TwoTower() | VisionLanguage():
+            return {"text": spec.text}
+        case other:
+            assert_never(other)

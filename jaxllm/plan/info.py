@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from jax.sharding import PartitionSpec
 
-from jaxllm.architectures import model_params
+from jaxllm.architectures import Spec, model_params
 from jaxllm.cache import widths, window
 from jaxllm.config import FFN, GLU, MLP, Block, MoE, Transformer
 from jaxllm.experiment import Experiment
@@ -53,7 +53,8 @@ def info(spec: Transformer, context: int | None = None, dtype: str = "bfloat16")
     for block, _ in _blocks(spec):
         heads, key, value = widths(block.attn)
         rows[block] = heads * (key + value) * _BYTES[dtype]
-    kept = {block: min(window(block.attn.pattern) or T, T) if spec.causal else T for block, _ in _blocks(spec)}
+    kept = {block: min(window(block.attn.pattern) or T, T) for block, _ in _blocks(spec)}
+    cached = _blocks(spec) if spec.causal else []  # an encoder keeps nothing
     return Info(
         name=spec.name,
         context=T,
@@ -61,19 +62,20 @@ def info(spec: Transformer, context: int | None = None, dtype: str = "bfloat16")
         matrix_parameters=matrices,
         forward_flops={"matrices": 2.0 * matrices, "attention": forward - 2.0 * matrices},
         train_flops=train_flops_per_token(spec, T),
-        kv_bytes=sum(n * rows[block] for block, n in _blocks(spec)),
-        kv_bytes_context=sum(n * rows[block] * kept[block] for block, n in _blocks(spec)),
+        kv_bytes=sum(n * rows[block] for block, n in cached),
+        kv_bytes_context=sum(n * rows[block] * kept[block] for block, n in cached),
         training_bytes=None,
     )
 
 
-def parameters_by_part(spec: Transformer) -> dict[str, int]:
-    """Scalar parameters of embedding, attention, ffn, norms, head, and "total"."""
+def parameters_by_part(spec: Spec) -> dict[str, int]:
+    """Scalar parameters of embedding, attention, ffn, norms, head, and "total"; of compound models by half as well."""
     parts: Counter[str] = Counter()
     for path, param in paths(model_params(spec)):
         names = path.split("/")
+        half = "" if isinstance(spec, Transformer) or len(names) < 3 else f"{names.pop(0)}: "
         part = "norms" if any("norm" in name for name in names) else names[3] if names[0] == "stacks" else names[0]
-        parts[{"embed": "embedding"}.get(part, part)] += math.prod(param.shape)
+        parts[half + {"embed": "embedding"}.get(part, part)] += math.prod(param.shape)
     return dict(parts) | {"total": count(model_params(spec))}
 
 

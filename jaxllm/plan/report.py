@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jaxllm.architectures import Spec, halves
 from jaxllm.config import Transformer
 from jaxllm.data.files import write_atomic
 from jaxllm.experiment import Experiment, load_config, saved
@@ -20,7 +21,7 @@ from jaxllm.model import Run, locate, spec_of
 from jaxllm.models.presets import PRESETS
 from jaxllm.plan.compile import TIME_OUT, compile_step, prepare, require_compiler
 from jaxllm.plan.estimate import Plan, advice, estimate, to_json
-from jaxllm.plan.info import Info, info, training_bytes
+from jaxllm.plan.info import Info, info, parameters_by_part, training_bytes
 from jaxllm.plan.memory import PARTS
 from jaxllm.plan.program import Program
 from jaxllm.plan.topology import parse
@@ -197,13 +198,30 @@ def info_command(target: str, overrides: Iterable[str] = (), json_path: str | No
             cost = dataclasses.replace(cost, training_bytes=training_bytes(found, devices))
         case Transformer():
             cost = info(found)
+        case _:
+            return _compound_info(found, json_path)
     print_info(cost, Console(), devices)
     if json_path is not None:
         write_json(json_path, dataclasses.asdict(cost) | {"devices": devices})
     return 0
 
 
-def find(target: str, overrides: Iterable[str] = ()) -> Experiment | Transformer:
+def _compound_info(spec: Spec, json_path: str | None) -> int:
+    """Parameters of the whole, and the costs of its transformers over tokens. Towers over pixels are counted only."""
+    console, parameters = Console(), parameters_by_part(spec)
+    costs = {name: info(half) for name, half in halves(spec).items()}
+    console.print(f"[bold]{spec.name}[/], a model of several parts")
+    print_parameters(parameters, console)
+    for name, cost in costs.items():
+        console.print(f"[bold]{name}[/] at a context of {cost.context:,} tokens")
+        print_costs(cost, console)
+    if json_path is not None:
+        write_json(json_path, {"name": spec.name, "parameters": parameters}
+                   | {name: dataclasses.asdict(cost) for name, cost in costs.items()})  # fmt: skip
+    return 0
+
+
+def find(target: str, overrides: Iterable[str] = ()) -> Experiment | Spec:
     """An experiment from a config file or run directory, or the spec of a model folder, file or preset.
 
     Raises ValueError when it is none of them.
@@ -228,29 +246,41 @@ def find(target: str, overrides: Iterable[str] = ()) -> Experiment | Transformer
 def print_info(cost: Info, console: Console, devices: int = 1) -> None:
     """Parameters, FLOPs, cache and training memory."""
     console.print(f"[bold]{cost.name}[/] at a context of {cost.context:,} tokens")
+    print_parameters(cost.parameters, console)
+    print_costs(cost, console)
+    if cost.training_bytes is not None:
+        table = _table(f"training memory, {devices} chip{'s' * (devices > 1)}, by formula", "GiB per chip")
+        for part, size in cost.training_bytes.items():
+            table.add_row(part, f"{size / GIB:.3f}")
+        console.print(table)
+
+
+def print_parameters(parameters: Mapping[str, int], console: Console) -> None:
+    """Counts by part."""
     table = _table("parameters", "count")
-    for part, n in cost.parameters.items():
+    for part, n in parameters.items():
         table.add_row(part, f"{n:,}")
     console.print(table)
+
+
+def print_costs(cost: Info, console: Console) -> None:
+    """FLOPs per token and cache."""
     table = _table("FLOPs per token", "GFLOP", "formula")
     forward = cost.forward_flops
     table.add_row(
         "forward, matrices", f"{forward['matrices'] / 1e9:.3f}", f"2 x {cost.matrix_parameters:,} multiplied parameters"
     )
     keys = (
-        "4 x heads x head width x keys seen on average, summed over layers; (T + 1) / 2 keys if causal, less in windows"
+        "2 x heads x (key + value width) x keys seen on average, summed over layers; (T + 1) / 2 keys if causal, less "
+        "in windows"
     )
     table.add_row("forward, attention", f"{forward['attention'] / 1e9:.3f}", keys)
     table.add_row("training", f"{cost.train_flops / 1e9:.3f}", "3 x forward; recomputation not counted")
     console.print(table)
-    table = _table("KV cache, bfloat16", "bytes")
-    table.add_row("one more token", f"{cost.kv_bytes:,}")
-    table.add_row(f"{cost.context:,} tokens", f"{cost.kv_bytes_context:,}")
-    console.print(table)
-    if cost.training_bytes is not None:
-        table = _table(f"training memory, {devices} chip{'s' * (devices > 1)}, by formula", "GiB per chip")
-        for part, size in cost.training_bytes.items():
-            table.add_row(part, f"{size / GIB:.3f}")
+    if cost.kv_bytes:
+        table = _table("KV cache, bfloat16", "bytes")
+        table.add_row("one more token", f"{cost.kv_bytes:,}")
+        table.add_row(f"{cost.context:,} tokens", f"{cost.kv_bytes_context:,}")
         console.print(table)
 
 

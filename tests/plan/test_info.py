@@ -1,8 +1,13 @@
 """Costs by formula against published figures."""
 
+import json
+import math
+from pathlib import Path
+
 import pytest
 
 from jaxllm import cache
+from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.experiment import Data, Experiment, Source
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.plan.info import info, training_bytes
@@ -74,3 +79,16 @@ def test_command(tmp_path, capsys):
     assert '"total": 134515008' in (tmp_path / "info.json").read_text()
     with pytest.raises(ValueError, match=r"must be a config file .*smollm2_135m"):
         find("smollm")
+
+
+@pytest.mark.parametrize("name", ["t5_v1_1", "clip", "qwen2_vl", "bert", "deepseek_v3"])
+def test_any_model_folder(name, tmp_path, capsys):
+    """Every kind of spec: the parameters are those of the file; an encoder has no cache."""
+    folder = Path(__file__).parents[1] / "goldens" / name
+    assert info_command(str(folder), json_path=str(tmp_path / "info.json")) == 0
+    parameters = json.loads((tmp_path / "info.json").read_text())["parameters"]
+    total = parameters.pop("total")
+    assert sum(parameters.values()) == total
+    shapes = open_folder(folder).shapes
+    assert total == sum(math.prod(shape) for shape in shapes.values())
+    assert ("KV cache" in capsys.readouterr().out) == (name != "bert")
