@@ -128,7 +128,7 @@ def _array(image: Image, size: tuple[int, int]) -> Any:
     """uint8 [height, width, 3] at this size, bicubic."""
     from PIL.Image import Resampling
 
-    return np.asarray(image.resize(size[::-1], Resampling.BICUBIC))
+    return np.asarray(image.resize((size[1], size[0]), Resampling.BICUBIC))
 
 
 def _square(image: Image, side: int, stretch: bool) -> Any:
@@ -144,4 +144,4 @@ def _square(image: Image, side: int, stretch: bool) -> Any:
 def _normalised(pixels: Any, mean: Sequence[float], std: Sequence[float]) -> Float[np.ndarray, "3 H W"]:
     """float32 [3, height, width]: bytes / 255, less `mean`, divided by `std`."""
     unit = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
-    return ((unit - np.float32(mean)) / np.float32(std)).transpose(2, 0, 1)
+    return ((unit - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).transpose(2, 0, 1)

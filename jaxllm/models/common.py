@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, assert_never
 
-from jaxllm.architectures import model_params
+from jaxllm.architectures import Spec, model_params
 from jaxllm.config import (
     GLU,
     GQA,
@@ -284,7 +284,7 @@ def first_rope(spec: Transformer, default: Rope) -> Rope:
     return next((rope for rope in ropes if isinstance(rope, Rope)), default)
 
 
-def foreign(family: str, spec: Transformer) -> ValueError:
+def foreign(family: str, spec: Spec) -> ValueError:
     """The error of a spec whose shape the family's config.json cannot express."""
     return ValueError(f"{family}: config.json of this family cannot express spec {spec.name!r}; choose another family")
 

@@ -6,10 +6,8 @@ image's place is `image_start_id` + 2, once per vector; the reference puts the i
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from jaxllm.architectures import model_params
 from jaxllm.config import (
     GLU,
     GQA,
@@ -21,27 +19,16 @@ from jaxllm.config import (
     Patches,
     Resampler,
     RMSNorm,
-    Rope,
     Transformer,
     Vision,
     VisionLanguage,
 )
-from jaxllm.convert.rules import Rule, Unused, applicable
-from jaxllm.models.common import (
-    Config,
-    Fields,
-    Row,
-    foreign,
-    layers_of,
-    plain_layer,
-    read_fields,
-    rows_of,
-    stacks_of,
-    within,
-)
-from jaxllm.models.common import table as text_table
+from jaxllm.models import common
+from jaxllm.models.common import Config, Fields, foreign, layers_of, plain_layer, stacks_of
+from jaxllm.models.qwen_vl_names import names
 from jaxllm.models.rope import modern, rope_from
 
+__all__ = ["ARCHITECTURES", "MODEL_TYPE", "PREFIX", "SPEC", "from_hf", "names", "qwen_vl", "to_hf"]
 MODEL_TYPE = "qwen"
 ARCHITECTURES = ("QWenLMHeadModel",)
 PREFIX = ""
@@ -83,55 +70,6 @@ VISUAL = Fields(
 )
 
 
-def _pair(theirs: str, ours: str, layout: str | None = None) -> tuple[Row, Row]:
-    kernel = "scale" if layout is None else "kernel"
-    return (f"{theirs}.weight", f"{ours}/{kernel}", layout), (f"{theirs}.bias", f"{ours}/bias", None)
-
-
-QKV = ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel")
-QKV_BIAS = ("attn/q/bias", "attn/k/bias", "attn/v/bias")
-TEXT_TOP: tuple[Row, ...] = (
-    ("transformer.wte.weight", "embed/tokens", None),
-    ("transformer.ln_f.weight", "norm/scale", None),
-    ("lm_head.weight", "head/kernel", None),
-)
-TEXT: tuple[Row, ...] = (
-    ("ln_1.weight", "attn_norm/scale", None),
-    ("attn.c_attn.weight", QKV, "(X H) D -> D X H"),
-    ("attn.c_attn.bias", QKV_BIAS, "(X H) -> X H"),
-    ("attn.c_proj.weight", "attn/o/kernel", "D (N H) -> N H D"),
-    ("ln_2.weight", "ffn_norm/scale", None),
-    ("mlp.w1.weight", "ffn/up/kernel", "F D -> D F"),
-    ("mlp.w2.weight", "ffn/gate/kernel", "F D -> D F"),
-    ("mlp.c_proj.weight", "ffn/down/kernel", "D F -> F D"),
-)
-TOWER_TOP: tuple[Row, ...] = (
-    ("transformer.visual.conv1.weight", "patch/map/kernel", "D C P Q -> (C P Q) D"),
-    ("transformer.visual.positional_embedding", "patch/positions", None),
-    *_pair("transformer.visual.ln_pre", "embed_norm"),
-)
-TOWER: tuple[Row, ...] = (  # q, k and v of one head after one another
-    *_pair("ln_1", "attn_norm"),
-    ("attn.in_proj.weight", QKV, "(N X H) D -> D (N X) H"),
-    ("attn.in_proj.bias", QKV_BIAS, "(N X H) -> (N X) H"),
-    *_pair("attn.out_proj", "attn/o", "D (N H) -> N H D"),
-    *_pair("ln_2", "ffn_norm"),
-    *_pair("mlp.c_fc", "ffn/up", "F D -> D F"),
-    *_pair("mlp.c_proj", "ffn/down", "D F -> F D"),
-)
-POOL: tuple[Row, ...] = (
-    ("transformer.visual.attn_pool.query", "queries", None),
-    ("transformer.visual.attn_pool.kv_proj.weight", "inputs/kernel", "E D -> D E"),
-    ("transformer.visual.attn_pool.attn.in_proj_weight", QKV, "(X H) D -> D X H"),
-    ("transformer.visual.attn_pool.attn.in_proj_bias", QKV_BIAS, "(X H) -> X H"),
-    *_pair("transformer.visual.attn_pool.attn.out_proj", "attn/o", "D (N H) -> N H D"),
-    *_pair("transformer.visual.attn_pool.ln_q", "query_norm"),
-    *_pair("transformer.visual.attn_pool.ln_kv", "key_norm"),
-    *_pair("transformer.visual.ln_post", "norm"),
-    ("transformer.visual.proj", "out/kernel", None),
-)
-
-
 def qwen_vl() -> VisionLanguage:
     """9,655,886,592 parameters, the resampler's fixed sinusoids not counted."""
     return from_hf({"model_type": MODEL_TYPE, "visual": {}})
@@ -141,8 +79,8 @@ def from_hf(config: Config) -> VisionLanguage:
     """Qwen without `visual` is another family."""
     if config.get("visual") is None:
         raise ValueError("config.json of qwen: visual is missing; of this family only Qwen-VL is supported")
-    c = read_fields({k: v for k, v in modern(config).items() if k != "visual"}, FIELDS)
-    v = read_fields(dict(config["visual"]) | {"model_type": "qwen.visual"}, VISUAL)
+    c = common.read_fields({k: v for k, v in modern(config).items() if k != "visual"}, FIELDS)
+    v = common.read_fields(dict(config["visual"]) | {"model_type": "qwen.visual"}, VISUAL)
     text, side, cells = _text(c), round(v["n_queries"] ** 0.5), v["image_size"] // v["patch_size"]
     dim, out = v["width"], v["output_dim"]
     if side**2 != v["n_queries"] or out != text.dim or dim == out or out % 128 or v["image_size"] % v["patch_size"]:
@@ -179,12 +117,14 @@ def to_hf(spec: VisionLanguage) -> dict[str, Any]:
         raise foreign(MODEL_TYPE, spec)
     text, cfg, norm = spec.text, spec.vision, spec.text.norm
     (attn, ffn), block = plain_layer(MODEL_TYPE, text), layers_of(cfg)[0]
-    plain = isinstance(ffn, GLU) and isinstance(norm, RMSNorm) and isinstance(attn.position, Rope)
-    if not (plain and isinstance(block.ffn, MLP) and isinstance(block.attn, GQA)):
+    rope = common.rope_of(MODEL_TYPE, text, attn)
+    if not (isinstance(ffn, GLU) and isinstance(norm, RMSNorm)):
+        raise foreign(MODEL_TYPE, spec)
+    if not (isinstance(block.ffn, MLP) and isinstance(block.attn, GQA)):
         raise foreign(MODEL_TYPE, spec)
     values = (text.vocab, text.dim, text.layers, attn.heads, 2 * ffn.hidden, norm.eps, text.context, text.context)
     values += (True, True, text.tied, attn.head_dim)
-    rotation = {"rotary_emb_base": attn.position.theta, "rotary_pct": attn.position.fraction}
+    rotation = {"rotary_emb_base": rope.theta, "rotary_pct": rope.fraction}
     ratio = (block.ffn.hidden + 0.5) / cfg.dim  # cut to whole numbers by the reader
     tower = ((cfg.side or 0) * cfg.patches.size, cfg.patches.size, cfg.dim, cfg.layers, block.attn.heads, ratio)
     tower += (spec.adapter.cross.dim, spec.adapter.side**2, spec.image_token - 2)
@@ -194,15 +134,3 @@ def to_hf(spec: VisionLanguage) -> dict[str, Any]:
         "visual": dict(zip(VISUAL.read, tower, strict=True)),
         **rotation,
     } | dict(zip([name for name in FIELDS.read if name != "rope_parameters"], values, strict=True))
-
-
-def names(spec: VisionLanguage) -> list[Rule]:
-    """The resampler's sinusoids are in the files too; they are computed here."""
-    cfg, block = spec.vision, layers_of(spec.vision)[0]
-    assert isinstance(block.attn, GQA), "from_hf gives plain attention"
-    sizes = (("C", 3), ("P", cfg.patches.size), ("N", block.attn.heads))
-    text = within(text_table(spec.text, TEXT_TOP, "transformer.h.{}.", TEXT, "lm_head.weight"), "text/")
-    tower = within(rows_of(cfg, TOWER_TOP, "transformer.visual.transformer.resblocks.{}.", TOWER, sizes), "vision/")
-    pool = within(rows_of(replace(cfg, stacks=()), POOL, "", ()), "adapter/")
-    unused = ("transformer.visual.attn_pool.pos_embed", "*.rotary_emb.inv_freq", "*.attn.masked_bias")
-    return [*text, *applicable([*tower, *pool], model_params(spec)), *map(Unused, unused)]
