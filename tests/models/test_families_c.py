@@ -14,6 +14,7 @@ from jaxllm.config import Alibi, DynamicNTK, Full, Linear, Llama3, Local, LongRo
 from jaxllm.convert import rules
 from jaxllm.convert.hf import save_folder
 from jaxllm.convert.safetensors_io import open_folder
+from jaxllm.decode import sample
 from jaxllm.models.common import layers_of
 from jaxllm.models.families import FAMILIES, family_of_spec, spec_of_config
 from jaxllm.models.presets import PRESETS
@@ -357,6 +358,14 @@ def test_cached_generation_keeps_keys_of_their_own_time(name):
     out = jaxllm.generate(model.spec, model.params, prompts, max_new_tokens=16)
     np.testing.assert_array_equal(out.ids(), golden["gen.greedy"])
     assert (golden["gen_nocache.greedy"] != golden["gen.greedy"]).any() == (name == "llama_rope_dynamic")
+
+
+def test_a_prompt_in_chunks_is_rotated_by_its_whole_length(monkeypatch):
+    """Chunks of 8 would begin with the short divisors; such prompts are fed in one piece."""
+    monkeypatch.setattr(sample, "CHUNK", 8)
+    model, golden = (f(GOLDENS / "llama_rope_longrope") for f in (jaxllm.load, lambda d: np.load(d / "golden.npz")))
+    out = jaxllm.generate(model.spec, model.params, golden["input_ids"].tolist(), max_new_tokens=43)
+    np.testing.assert_array_equal(np.array(out.ids())[:, :16], golden["gen.greedy"])
 
 
 def test_dynamic_ntk_without_a_cache_goes_by_the_length_so_far():
