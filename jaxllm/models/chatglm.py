@@ -28,6 +28,11 @@ ARCHITECTURES = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
 PREFIX = "transformer."
 HALF = Rope(10_000.0, 0.5, interleaved=True)
 
+NEUTRAL = (  # the reference goes by padded_vocab_size; the others are precision, fusion, dropout
+    "vocab_size apply_query_key_layer_scaling attention_softmax_in_fp32 fp32_residual_connection bias_dropout_fusion "
+    "classifier_dropout prefix_projection"
+)
+PLAIN = ("apply_residual_connection_post_layernorm", "interleaved_qkv", "tie_word_embeddings")
 FIELDS = Fields(
     read={
         "padded_vocab_size": 65_024,
@@ -46,25 +51,8 @@ FIELDS = Fields(
         "add_qkv_bias": False,
         "rope_ratio": 1.0,
     },
-    only={
-        "apply_residual_connection_post_layernorm": (False,),
-        "original_rope": (True,),
-        "interleaved_qkv": (False,),
-        "tie_word_embeddings": (False,),
-        "pre_seq_len": (None,),
-        "quantization_bit": (0,),
-    },
-    ignored=frozenset(
-        {
-            "vocab_size",  # the reference goes by padded_vocab_size
-            "apply_query_key_layer_scaling",
-            "attention_softmax_in_fp32",
-            "fp32_residual_connection",
-            "bias_dropout_fusion",
-            "classifier_dropout",
-            "prefix_projection",
-        }
-    ),
+    only=dict.fromkeys(PLAIN, (False,)) | {"original_rope": (True,), "pre_seq_len": (None,), "quantization_bit": (0,)},
+    ignored=frozenset(NEUTRAL.split()),
 )
 
 TOP: tuple[Row, ...] = (
@@ -89,14 +77,14 @@ QKV = "self_attention.query_key_value"
 
 
 def from_hf(config: Config) -> Transformer:
-    """`rope_ratio` multiplies theta, as ChatGLM 3 and GLM-4 read it; `add_bias_linear` gives every projection a bias."""
+    """`rope_ratio` multiplies theta, as ChatGLM 3 and GLM-4 read it; `add_bias_linear` puts biases everywhere."""
     c = read_fields(config, FIELDS)
     heads, everywhere = c["num_attention_heads"], c["add_bias_linear"]
     kv_heads = c["multi_query_group_num"] if c["multi_query_attention"] else heads
     if c["multi_query_attention"] and kv_heads == heads:
         raise ValueError(
-            f"config.json: multi_query_group_num={kv_heads} must be less than num_attention_heads={heads}; "
-            "for as many kv heads the table of tensors knows multi_query_attention=false alone"
+            f"config.json: multi_query_group_num={kv_heads} must be less than num_attention_heads={heads}; how as many "
+            "are laid out is not published"
         )
     rope, eps = replace(HALF, theta=HALF.theta * c["rope_ratio"]), float(c["layernorm_epsilon"])
     norm = RMSNorm(eps) if c["rmsnorm"] else LayerNorm(eps)

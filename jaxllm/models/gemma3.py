@@ -6,20 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from jaxllm.config import (
-    GLU,
-    GQA,
-    Block,
-    Embedding,
-    Full,
-    LMHead,
-    Local,
-    Pattern,
-    QKNorm,
-    RMSNorm,
-    Rope,
-    Transformer,
-)
+from jaxllm.config import GLU, GQA, Block, Embedding, Full, LMHead, Local, QKNorm, RMSNorm, Rope, Transformer
 from jaxllm.convert.rules import Rule
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields
@@ -83,7 +70,7 @@ def from_hf(config: Config) -> Transformer:
     context, bias, window = c["max_position_embeddings"], c["attention_bias"], c["sliding_window"]
     local, scale = rope_from(of_local, context, Rope(c["rope_local_base_freq"])), c["query_pre_attn_scalar"] ** -0.5
     types = c["layer_types"] or common.every(c["sliding_window_pattern"], c["num_hidden_layers"])
-    patterns: list[Pattern] = common.layer_patterns(types, window, [Full()] * c["num_hidden_layers"])
+    patterns = common.layer_patterns(types, window, [Full()] * c["num_hidden_layers"])
     plain = c | {"rope_parameters": of_global, "hidden_act": c["hidden_activation"]}
     spec, norm = spec_from(plain, patterns, bias, bias, False, Rope(1e6)), RMSNorm(float(c["rms_norm_eps"]), True)
 
