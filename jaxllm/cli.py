@@ -170,9 +170,9 @@ def info_verb(args: argparse.Namespace) -> int:
 def show_mask_verb(args: argparse.Namespace) -> int:
     """Draw which token sees which, for a pattern or the layers of a model, as PNG."""
     written = "(" in args.what
-    spec = None if written else find(args.what)
-    spec = getattr(spec, "model", spec)
-    patterns = {args.what: pattern_of(args.what)} if written else patterns_in(spec)
+    found = None if written else find(args.what)
+    spec = found.model if isinstance(found, experiment.Experiment) else found
+    patterns = {args.what: pattern_of(args.what)} if spec is None else patterns_in(spec)
     for line in draw(patterns, args.length, Path(args.out)):
         print(line)
     print(f"wrote {args.out}")

@@ -6,12 +6,13 @@ import ast
 import struct
 import zlib
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
 from jaxllm import config
+from jaxllm.architectures import Spec
 from jaxllm.config import Causal, EncoderDecoder, Pattern, Transformer
 from jaxllm.kernels.bigbird import at_length
 from jaxllm.kernels.pattern import allowed
@@ -59,8 +60,11 @@ def pattern_of(text: str) -> Pattern:
         raise ValueError(f"{text!r} is no pattern ({error}); write for example 'Causal() & Local(64)'") from error
 
 
-def patterns_in(spec: Transformer | EncoderDecoder) -> dict[str, Pattern]:
-    """Every distinct pattern of a model's self-attention, by the first layer that has it."""
+def patterns_in(spec: Spec) -> dict[str, Pattern]:
+    """Every distinct pattern of a model's self-attention, by the first layer that has it.
+
+    Raises ValueError for a model that sees images.
+    """
     match spec:
         case EncoderDecoder(encoder, decoder):
             parts = {"encoder": patterns_in(encoder), "decoder": patterns_in(decoder)}
@@ -69,8 +73,8 @@ def patterns_in(spec: Transformer | EncoderDecoder) -> dict[str, Pattern]:
             blocks = [block for stack in spec.stacks for _ in range(stack.repeats) for block in stack.pattern]
             own = [Causal() & b.attn.pattern if spec.causal else b.attn.pattern for b in blocks]
             return {f"layer {own.index(p)}": p for p in dict.fromkeys(own)}
-        case other:
-            assert_never(other)
+        case _:
+            raise ValueError(f"show-mask: draws transformers and encoder-decoders, found a {type(spec).__name__}")
 
 
 def visible(pattern: Pattern, length: int) -> Bool[np.ndarray, "T S"]:

@@ -145,8 +145,9 @@ def config_of(spec: Transformer, model_type: str) -> dict[str, Any]:
     """The fields of SHAPE and the labels; ValueError for a spec of another shape."""
     block, norm, position = layers_of(spec)[0], spec.embed.norm, spec.embed.position
     attn, ffn = block.attn, block.ffn
-    known = isinstance(attn, GQA | Longformer) and isinstance(ffn, MLP) and isinstance(norm, LayerNorm)
-    if not known or not isinstance(position, Learned):
+    if not (isinstance(attn, GQA | Longformer) and isinstance(ffn, MLP)):
+        raise foreign(model_type, spec)
+    if not (isinstance(norm, LayerNorm) and isinstance(position, Learned)):
         raise foreign(model_type, spec)
     rows = position.length + position.offset
     values = (spec.vocab, spec.dim, spec.layers, attn.heads, ffn.hidden, activation_to(ffn.act), rows)

@@ -101,10 +101,11 @@ def has_head(config: Config) -> bool:
 def config_of(spec: EncoderDecoder, model_type: str, name: str) -> dict[str, Any]:
     """The fields of READ. name: what its classes begin with."""
     block, norm = common.layers_of(spec.encoder)[0], spec.decoder.norm
-    attn, ffn = block.attn, block.ffn
-    known = isinstance(attn, GQA) and isinstance(attn.position, RelativeBias) and isinstance(norm, RMSNorm)
-    if not known or not isinstance(ffn, MLP | GLU):
-        raise ValueError(f"{model_type}: config.json of this family cannot express spec {spec.name!r}")
+    attn, ffn, foreign = block.attn, block.ffn, f"{model_type}: config.json cannot express spec {spec.name!r}"
+    if not (isinstance(attn, GQA) and isinstance(attn.position, RelativeBias)):
+        raise ValueError(foreign)
+    if not (isinstance(ffn, MLP | GLU) and isinstance(norm, RMSNorm)):
+        raise ValueError(foreign)
     gated, act = isinstance(ffn, GLU), "gelu_new" if ffn.act == "gelu_tanh" else common.activation_to(ffn.act)
     kind = f"gated-{act.removesuffix('_new')}" if gated else act
     values = (spec.vocab, spec.dim, spec.encoder.layers, spec.decoder.layers, attn.heads, attn.head_dim, ffn.hidden)
