@@ -37,9 +37,10 @@ def trace(exp: Experiment, mesh: Mesh) -> Any:
     """The real train step of `exp`, traced for the mesh, under which it must be lowered."""
     tree = transformer_params(exp.model)
     optimizer = make_optimizer(exp.optimizer, tree)
+    channels = max(len(exp.data.sources), 1)
 
     def loss(params: Any, batch: Any, key: Any) -> Any:
-        return lm_loss(params, exp.model, batch, exp.runtime, key, channels=max(len(exp.data.sources), 1))
+        return lm_loss(params, exp.model, batch, exp.runtime, key, channels=channels, balance=exp.balance)
 
     state = abstract_state(tree, optimizer, exp.runtime, mesh)
     batch = abstract_batch(exp.batch_size, exp.data.context, exp.runtime, mesh)

@@ -131,7 +131,10 @@ def _timed(made: Program | None, compiled: Compiled, target: Slice) -> tuple[dic
 
 
 def shapes_of(exp: Experiment, layout: Layout, devices: int) -> Shapes:
-    """Shapes that tell weights and gradients from activations: of parameters, whole and as laid out, a layer or all."""
+    """Every shape that tells weights and gradients from activations: of parameters, whole and as laid out.
+
+    Stacked parameters [L, ...] come as one layer too.
+    """
     sizes = layout.sizes(devices)
     found: set[tuple[int, ...]] = set()
     for p in leaves(transformer_params(exp.model)):

@@ -30,7 +30,10 @@ def axes_of(op: Op, sizes: Mapping[str, int]) -> str:
 
 
 def first_group(attrs: str) -> list[int]:
-    """Devices of the first group (or pair) in a collective's attributes; empty when written in an unknown way."""
+    """Devices of the first group (or pair) in a collective's attributes; empty when written in an unknown way.
+
+    "[4,2]<=[2,4]T(1,0)" is a grid of shape [2, 4], transposed, as 4 groups of 2.
+    """
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attrs)
     if listed:
         return [int(d) for d in listed[1].split(",") if d]

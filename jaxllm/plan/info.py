@@ -69,7 +69,10 @@ def info(spec: Transformer, context: int | None = None, dtype: str = "bfloat16")
 
 
 def parameters_by_part(spec: Spec) -> dict[str, int]:
-    """Scalar parameters of embedding, attention, ffn, norms, head, and "total"; of compound models by half as well."""
+    """Scalar parameters of embedding, attention, ffn, norms, head, and "total"; of compound models by half as well.
+
+    A parameter counts as the product of its shape.
+    """
     parts: Counter[str] = Counter()
     for path, param in paths(model_params(spec)):
         names = path.split("/")
@@ -84,7 +87,7 @@ def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
 
     parameters 4 P, optimiser 8 P, gradients 4 P bytes, P being the parameters a chip stores under the layout (gradients
     whole below ZeRO stage 2); saved: what the backward pass keeps per layer under `runtime.remat`, times the tokens of
-    a micro-batch.
+    a micro-batch [B, T].
     """
     layout = exp.runtime.layout or Layout()
     sizes = layout.sizes(devices)

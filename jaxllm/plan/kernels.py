@@ -54,6 +54,7 @@ def compile_alone(
 
 
 def _bundles(steering: Steering, mesh: Mesh, folder: Path) -> str:
+    """The text libtpu writes of one kernel, compiled for operands of the call's shape and dtype."""
     equation, place = steering.equation, NamedSharding(mesh, PartitionSpec())
     operands = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype, sharding=place) for x in equation.invars]
 

@@ -95,6 +95,7 @@ def _outputs(equation: Any, args: list[Lazy], found: list[Steering]) -> list[Laz
 
 
 def _call(equation: Any, args: list[Lazy]) -> Steering:
+    """The shape of each operand, and the scalars, flat: the first `num_index_operands` operands."""
     count = equation.params["grid_mapping"].num_index_operands
     scalars = [arg() for arg in args[:count]]
     shapes = tuple(tuple(atom.aval.shape) for atom in equation.invars)
@@ -107,7 +108,10 @@ def _call(equation: Any, args: list[Lazy]) -> Steering:
 
 
 def _scan(equation: Any, args: list[Lazy], found: list[Steering]) -> list[Lazy]:
-    """The first turn: what it carries out of the loop is not known, what it stacks is taken to be alike in all."""
+    """The first turn: what it carries out of the loop is not known, what it stacks is taken to be alike in all.
+
+    An array of one shape inside and [length, *shape] outside is cut, or stacked.
+    """
     body, length = equation.params["jaxpr"], equation.params["length"]
     inner = getattr(body, "jaxpr", body)
 
@@ -131,7 +135,7 @@ def _repeated(arg: Lazy, length: int) -> Any:
 
 
 def _shard_map(params: Any, args: list[Lazy], found: list[Steering]) -> list[Lazy]:
-    """What the first device does; what it gives is taken to be alike on all of them."""
+    """What the first device does, on arrays of its shard's shape; what it gives is taken to be alike on all."""
     sizes = dict(params["mesh"].shape)
     local = [partial(_shard, arg, _ways(spec, sizes)) for arg, spec in zip(args, params["in_specs"], strict=True)]
     outputs = _walk(params["jaxpr"], local, found)
@@ -145,6 +149,7 @@ def _ways(spec: Any, sizes: dict[str, int]) -> list[int]:
 
 
 def _shard(arg: Lazy, ways: list[int]) -> Any:
+    """The first of the equal parts, of shape [n // way, ...]."""
     value = arg()
     if value is None:
         return None

@@ -99,7 +99,7 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
 
 
 def _sizes(layout: Layout, sizes: Mapping[str, int]) -> tuple[Size, Size]:
-    """Elements of a parameter that a chip stores, and that it multiplies."""
+    """Elements of a parameter that a chip stores, and that it multiplies: the products of its shards' shape."""
 
     def ways(spec: PartitionSpec) -> int:
         names = [name for axes in spec for name in ((axes,) if isinstance(axes, str) else axes or ())]

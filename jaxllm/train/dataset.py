@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
+from jaxtyping import Shaped
 
 from jaxllm.data import source as sources
 from jaxllm.data import tokenizer as tokenizers
@@ -110,7 +111,7 @@ def rows_here(rows: int, sharding: NamedSharding) -> slice:
 def to_devices(rows: int, sharding: NamedSharding, part: slice, batch: Batch) -> Batch:
     """The global batch [rows, T] as jax arrays, from this process's `part` of it (numpy)."""
 
-    def place(x: np.ndarray) -> jax.Array:
+    def place(x: Shaped[np.ndarray, "part ..."]) -> Shaped[jax.Array, "rows ..."]:
         shape = (rows, *x.shape[1:])
 
         def piece(index: Any) -> np.ndarray:

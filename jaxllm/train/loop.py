@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Float, Key
 from rich.console import Console
 
 from jaxllm import serial
@@ -183,13 +183,13 @@ def set_up(exp: Experiment, console: Console, options: Options) -> Setup:
 
 
 def _model_loss(
-    exp: Experiment, channels: int, params: Any, batch: Batch, key: Array
-) -> tuple[Array, dict[str, Array]]:
+    exp: Experiment, channels: int, params: Any, batch: Batch, key: Key[Array, ""]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
     return lm_loss(params, exp.model, batch, exp.runtime, key, channels=channels, balance=exp.balance)
 
 
 def advance(exp: Experiment, params: Any, aux: dict[str, Array]) -> Any:
-    """The weights that no gradient trains, moved: the corrections of routers."""
+    """The weights that no gradient trains, moved: the corrections of routers, by their experts' load [L, E]."""
     if "expert_load" not in aux:
         return params
     return correct_routers(params, exp.model, aux["expert_load"], exp.balance.correction)
@@ -206,7 +206,7 @@ def _introduce(exp: Experiment, data: Dataset, mesh: Mesh, peak: tuple[float, st
 
 
 def check_batch(exp: Experiment, mesh: Mesh) -> None:
-    """Raise ValueError when micro-batches do not divide over the devices that share the batch."""
+    """Raise ValueError when the rows of micro-batches [B, T] do not divide over the devices that share the batch."""
     unit = exp.accumulate * mesh.shape["replica"] * mesh.shape["data"]
     if exp.runtime.layout is not None and exp.batch_size % unit:
         raise ValueError(

@@ -16,10 +16,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float, Key
 
 from jaxllm.config import Transformer
-from jaxllm.experiment import Experiment
+from jaxllm.experiment import Balance, Experiment
 from jaxllm.nn.norm import norm
 from jaxllm.objectives.lm import inputs_of, lm_loss
 from jaxllm.objectives.logprobs import token_logprobs
@@ -38,7 +38,7 @@ def explain(exp: Experiment, params: Params, batch: Batch, i: int) -> str:
 
     Call it on the context mesh of the run. Compiles up to three programs.
     """
-    how = exp.model, exp.runtime, exp.accumulate
+    how = exp.model, exp.runtime, exp.accumulate, exp.balance
     place = first_bad_activation(exp, params, batch)
     if place is not None:
         weights = list(_bad(exp.model, _finite_weights(exp.model, exp.runtime, params)))
@@ -119,14 +119,20 @@ def _finite_weights(spec: Transformer, runtime: Runtime, values: Params) -> dict
     return dict(paths(map_params(one, transformer_params(spec), values)))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _finite_gradients(
-    spec: Transformer, runtime: Runtime, accumulate: int, params: Params, batch: Batch, key: Array
+    spec: Transformer,
+    runtime: Runtime,
+    accumulate: int,
+    balance: Balance,
+    params: Params,
+    batch: Batch,
+    key: Key[Array, ""],
 ) -> dict[str, Bool[Array, "*L"]]:
     """The same of the gradients' squares: in their sum, the norm, these overflow first."""
 
-    def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        return lm_loss(params, spec, batch, runtime, key)
+    def loss(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], dict[str, Array]]:
+        return lm_loss(params, spec, batch, runtime, key, balance=balance)
 
     grads = gradients(loss, transformer_params(spec), params, batch, key, runtime, accumulate)[2]
     return _finite_weights(spec, runtime, jax.tree.map(jnp.square, grads))
@@ -137,7 +143,7 @@ def _bad(spec: Transformer, finite: dict[str, Bool[Array, "*L"]]) -> dict[str, i
     return dict(_each_bad(spec, jax.device_get(finite)))
 
 
-def _each_bad(spec: Transformer, finite: dict[str, np.ndarray]) -> Iterator[tuple[str, int]]:
+def _each_bad(spec: Transformer, finite: dict[str, Bool[np.ndarray, "*L"]]) -> Iterator[tuple[str, int]]:
     ends = {"norm": spec.layers + 1, "head": spec.layers + 2, "classifiers": spec.layers + 2}
     starts = np.cumsum([1, *(stack.layers for stack in spec.stacks)])
     for path, flags in finite.items():

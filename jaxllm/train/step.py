@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from jaxllm.params import Param, ParamTree, init, map_params, paths
 from jaxllm.records import Batch, TrainState
@@ -29,7 +29,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 # ----------------------------------------------------------------------------------------------------------- state
 
 
-def init_state(tree: ParamTree, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+def init_state(tree: ParamTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
     """A fresh state: fp32 masters, the optimiser's state, and counters of skipped steps in `extra`."""
     params = init(tree, key)
     step, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: each is donated
@@ -53,7 +53,7 @@ def state_shardings(tree: ParamTree, optimizer: optax.GradientTransformation, ru
 def abstract_state(
     tree: ParamTree, optimizer: optax.GradientTransformation, runtime: Runtime, mesh: Mesh
 ) -> TrainState:
-    """The state as ShapeDtypeStructs with shardings, for lowering, restoring and planning."""
+    """The state as ShapeDtypeStructs, each with its global shape and sharding, for lowering, restoring and planning."""
     shapes = jax.eval_shape(lambda key: init_state(tree, optimizer, key), jax.random.key(0))
     shardings = state_shardings(tree, optimizer, runtime, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -92,7 +92,7 @@ def make_step(
 ) -> Step:
     """A jitted step whose state is donated. Call it under `jax.set_mesh` when the runtime has a layout.
 
-    accumulate: micro-batches per step, weighted by their token counts, so that they add up to the big batch.
+    accumulate: micro-batches per step, weighted by their token counts, so that they add up to the big batch [B, T].
     A step whose loss or gradient is not finite changes nothing but `step` and the counters in `extra`.
     advance: what else moves weights after the optimiser, given the loss's aux (corrections of routers).
     layer_norms: report every parameter's gradient norm as "grad_norm/<path>".
@@ -101,6 +101,7 @@ def make_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """One batch [B, T]."""
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mean, aux, grads = gradients(loss, tree, state.params, batch, key, runtime, accumulate)
         norm = optax.tree.norm(grads)
@@ -166,7 +167,7 @@ def deal(batch: Batch, accumulate: int) -> Batch:
 
 
 def _accumulated(micro: Any, batch: Batch, key: Array, accumulate: int) -> Any:
-    """The sum of `micro` over micro-batches."""
+    """The sum of `micro` over micro-batches, dealt out as [accumulate, rows, T]."""
     dealt = deal(batch, accumulate)
     keys = jax.random.split(key, accumulate)
     shapes = jax.eval_shape(micro, jax.tree.map(lambda x: x[0], dealt), keys[0])
@@ -191,7 +192,7 @@ def _pinned(
 
 
 def _stored(tree: ParamTree, grads: Any, runtime: Runtime) -> Any:
-    """Gradients as fp32 in the storage layout."""
+    """Gradients as fp32 in the storage layout, each of its parameter's shape."""
     sizes = mesh_sizes()
     if runtime.layout is None or not sizes:
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads)
