@@ -33,7 +33,7 @@ FIELDS = Fields(read={name: value for name, value in (SHAPE | OWN).items() if na
 
 def from_hf(config: Config) -> Transformer:
     """`attention_bias` puts biases on q, k, v and o alike; the norm's eps is no field."""
-    c = read_fields(config, FIELDS) | {"rms_norm_eps": EPS}
+    c: dict[str, Any] = read_fields(config, FIELDS) | {"rms_norm_eps": EPS}
     spec = spec_from(c, [Full()] * c["num_hidden_layers"], c["attention_bias"], c["attention_bias"], False)
     clip = None if c["clip_qkv"] is None else float(c["clip_qkv"])
     return with_blocks(spec, lambda i, b: replace(b, norm=NORM, attn=replace(b.attn, clip=clip)), norm=NORM)

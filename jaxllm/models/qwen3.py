@@ -28,7 +28,7 @@ ARCHITECTURES = ("Qwen3ForCausalLM",)
 PREFIX = "model."
 
 FIELDS = Fields(
-    read=qwen2.FIELDS.read | {"head_dim": 128, "attention_bias": False},
+    read={**qwen2.FIELDS.read, "head_dim": 128, "attention_bias": False},
     nullable=qwen2.FIELDS.nullable | {"head_dim"},
     zero=qwen2.FIELDS.zero,
 )
