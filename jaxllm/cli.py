@@ -249,7 +249,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = _verb(verbs, "show-mask", show_mask_verb, "draw which token sees which")
     p.add_argument("what", help="a pattern such as 'Causal() & Local(64)', or a model as for info")
-    p.add_argument("--length", type=int, default=512, help="tokens, and pixels (default: 512)")
+    p.add_argument("--length", type=int, default=512, help="tokens (default: 512)")
     p.add_argument("--out", default="mask.png", metavar="FILE")
 
     _verb(verbs, "doctor", doctor_verb, "what is installed, and what jax does not see")

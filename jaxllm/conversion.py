@@ -165,7 +165,7 @@ def _shown(items: Iterable[Any], total: int, console: Console | None) -> Iterato
 
 
 def convert_command(args: argparse.Namespace) -> int:
-    """The verb `convert`: see `convert`."""
+    """Write a model in another format, or as another family; tensors are streamed."""
     console = Console(stderr=True)
     options = {"family": args.family, "dtype": args.dtype, "shard_bytes": size_of(args.shard_size)}
     spec = convert(args.source, args.target, args.to, console=console, **options)

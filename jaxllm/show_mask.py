@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import struct
-import zlib
+import importlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool
 
 from jaxllm import config
 from jaxllm.architectures import Spec
@@ -31,7 +30,6 @@ WORDS = [
     "GlobalTokens",
     "BigBird",
 ]  # what a pattern is written with
-GAP = 8  # pixels between two pictures
 
 
 def pattern_of(text: str) -> Pattern:
@@ -84,32 +82,27 @@ def visible(pattern: Pattern, length: int) -> Bool[np.ndarray, "T S"]:
     return np.broadcast_to(allowed(plain, slots[:, None], slots[None]), (length, length))
 
 
-def picture(masks: list[Bool[np.ndarray, "T S"]]) -> UInt8[np.ndarray, "h w"]:
-    """Grey pictures side by side: black where a key is seen."""
-    tiles: list[np.ndarray] = []
-    for mask in masks:
-        tiles += [np.full((len(mask), GAP), 128, np.uint8), np.where(mask, 0, 255).astype(np.uint8)]
-    return np.concatenate(tiles[1:], 1)
-
-
-def png(grey: UInt8[np.ndarray, "h w"]) -> bytes:
-    """An 8-bit grey PNG (ISO/IEC 15948)."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width = grey.shape
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), grey], 1).tobytes()
-    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 def draw(patterns: dict[str, Pattern], length: int, out: Path) -> list[str]:
-    """Write the picture; a line for each pattern: its name, itself, the share of pairs that may meet."""
+    """Write the picture, black where a key is seen; a line for each pattern: its name, itself, the share of pairs.
+
+    Raises ValueError for a length that no picture shows, OSError with the cure when matplotlib is missing.
+    """
     if not 1 <= length <= 8192:
-        raise ValueError(f"show-mask: length={length} must be in 1..8192, a pixel per token")
+        raise ValueError(f"show-mask: length={length} must be in 1..8192; longer rows have more tokens than pixels")
     masks = {name: visible(p, length) for name, p in patterns.items()}
+    figure = _matplotlib().Figure(figsize=(5.2 * len(masks), 5.4), layout="constrained")
+    axes = figure.subplots(1, len(masks), squeeze=False)
+    for axis, (name, mask) in zip(axes[0], masks.items(), strict=True):
+        axis.imshow(~mask, cmap="gray", interpolation="nearest", vmin=0, vmax=1, origin="upper")
+        axis.set(title=f"{name}: {100 * mask.mean():.1f} % of pairs", xlabel="key", ylabel="query")
     temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_bytes(png(picture(list(masks.values()))))
+    figure.savefig(temporary, format="png", dpi=120)
     temporary.rename(out)
     return [f"{name}: {p}, {100 * masks[name].mean():.2f} % of pairs" for name, p in patterns.items()]
+
+
+def _matplotlib() -> Any:
+    try:
+        return importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise OSError('show-mask: drawing needs matplotlib; run: pip install "jaxllm[plot]"') from error

@@ -129,13 +129,13 @@ def plot(run_dir: epath.PathLike) -> epath.Path | None:
 def _curve(
     axes: Any, records: list[dict[str, Any]], key: str, label: str, smooth: bool = False, marker: str = ""
 ) -> None:
-    """One line; with `smooth` an exponential mean over a tenth of the points, the raw values faint behind it."""
+    """One line; with `smooth` an exponential mean over a few of the points, the raw values faint behind it."""
     points = [(r["step"], r[key]) for r in records if key in r]
     if not points:
         return
     x, y = zip(*points, strict=True)
     if smooth:
-        mean, means, rate = y[0], [], 1 / max(1, len(y) // 20)
+        mean, means, rate = y[0], [], 1 / max(1, len(y) // 40)
         for value in y:
             mean += rate * (value - mean)
             means.append(mean)

@@ -1,12 +1,10 @@
 """Sparse patterns: blocks against brute force, kernels against the plain softmax, pictures."""
 
-import struct
-import zlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from jaxllm.cli import main
 from jaxllm.config import (
@@ -30,7 +28,7 @@ from jaxllm.kernels.pattern import Kind, allowed, kinds
 from jaxllm.kernels.tpu_sizes import Sizes, Tile
 from jaxllm.models.presets import PRESETS
 from jaxllm.records import Mask
-from jaxllm.show_mask import pattern_of, patterns_in, png, visible
+from jaxllm.show_mask import pattern_of, patterns_in, visible
 
 N = 48
 EXACT = [
@@ -130,15 +128,12 @@ def test_kernels_agree_with_the_softmax(pattern):
 def test_pictures(tmp_path, capsys):
     out = tmp_path / "mask.png"
     assert main(["show-mask", "Causal() & (Local(8) | GlobalTokens(2))", "--length", "40", "--out", str(out)]) == 0
-    data = out.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", data[16:24]) == (40, 40)
-    length = struct.unpack(">I", data[33:37])[0]
-    pixels = np.frombuffer(zlib.decompress(data[41 : 41 + length]), np.uint8).reshape(40, 41)[:, 1:]
+    height, width = imread(out).shape[:2]
+    assert min(height, width) >= 400, "a picture for people, whatever the length"
+    black = (imread(out)[..., 0] == 0).mean() / 0.8  # of the whole picture, whose margins take about a fifth
     want = visible(Causal() & (Local(8) | GlobalTokens(2)), 40)
-    np.testing.assert_array_equal(pixels == 0, want)
+    assert abs(black - want.mean()) < 0.06
     assert f"{100 * want.mean():.2f} % of pairs" in capsys.readouterr().out
-    assert len(png(np.zeros((3, 5), np.uint8))) > 50
 
 
 def test_patterns_of_models_and_texts():
