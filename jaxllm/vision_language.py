@@ -130,9 +130,7 @@ def prepare(
         _check_count(spec, ids, token, patched, name)
     kinds, stated = (ids == spec.image_token) + 2 * (ids == spec.video_token), pixels.get("mm_token_type_ids")
     if stated is not None and not np.array_equal(np.asarray(stated), kinds):
-        raise ValueError(
-            "mm_token_type_ids differ from where input_ids has images (1) and videos (2); leave it out"
-        )
+        raise ValueError("mm_token_type_ids differ from where input_ids has images (1) and videos (2); leave it out")
     plain = inputs(jnp.asarray(ids, jnp.int32), None if mask is None else jnp.asarray(mask, jnp.int32))
     if not spec.mrope:
         return plain, Media(images, videos)

@@ -111,7 +111,7 @@ def to_hf(spec: Transformer) -> dict[str, Any]:
         raise common.foreign(MODEL_TYPE, spec)
     act = "gelu_new" if ffn.act == "gelu_tanh" else common.activation_to(ffn.act)
     values = (spec.vocab, spec.context, spec.dim, spec.layers, attn.heads, ffn.hidden, act, norm.eps)
-    scales = [block.attn.scale for block in blocks]
+    scales = [block.attn.scale for block in blocks if isinstance(block.attn, GQA)]
     values += (scales[0] != 1.0, len(set(scales)) > 1, spec.tied)
     fields = dict(zip(FIELDS.read, values, strict=True))
     return {"model_type": MODEL_TYPE, "architectures": list(ARCHITECTURES)} | fields
