@@ -96,7 +96,7 @@ class Rope:
     restart: bool = False
 
     def width(self, head_dim: int) -> int:
-        """How many of a head's dimensions are rotated: head_dim * fraction without its broken part, as the reference."""
+        """How many of a head's dimensions are rotated: head_dim * fraction rounded down, as the reference."""
         return math.floor(head_dim * self.fraction + 1e-6)
 
 

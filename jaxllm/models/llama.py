@@ -39,7 +39,7 @@ def llama3_8b() -> Transformer:
 
 
 def llama31_8b() -> Transformer:
-    """Llama 3 8B with Llama 3.1's frequencies, for a context of 131,072."""
+    """8,030,261,248 parameters: Llama 3 8B with Llama 3.1's frequencies, for a context of 131,072."""
     return llama(
         "llama31_8b", (32, 4096, 32, 8, 128, 128_256, 14_336), theta=500_000.0, scaling=Llama3(8.0), context=131_072
     )

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxllm.config import Full, Local, Pattern, Transformer
+from jaxllm.config import GLU, GQA, Block, Full, Local, Pattern, RMSNorm, Rope, Transformer, decoder
 from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, layers_of, read_fields
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
+
+
+def mistral_7b() -> Transformer:
+    """7,241,732,096 parameters; the first version, with a window of 4,096."""
+    attn = GQA(32, 8, 128, Rope(), Local(4096))
+    block = Block(attn, GLU(14_336), RMSNorm())
+    return Transformer(32_000, 4096, decoder(block, layers=32), RMSNorm(), 32_768, name="mistral_7b")
+
+
+# ------------------------------------------------------------------------------------------------- published format
 
 MODEL_TYPE = "mistral"
 ARCHITECTURES = ("MistralForCausalLM",)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import assert_never
 
+from jaxllm.architectures import Spec
 from jaxllm.config import (
     FFN,
     GLU,
@@ -30,6 +31,8 @@ from jaxllm.config import (
     Scaling,
     Stack,
     Transformer,
+    TwoTower,
+    VisionLanguage,
     Yarn,
 )
 from jaxllm.models import (
@@ -37,8 +40,10 @@ from jaxllm.models import (
     bart,
     bert,
     big_bird,
+    blip2,
     bloom,
     chatglm,
+    clip,
     cohere,
     cohere2,
     deepseek_v2,
@@ -56,7 +61,9 @@ from jaxllm.models import (
     gptj,
     granite,
     llama,
+    llava,
     longformer,
+    mistral,
     mixtral,
     mpt,
     mt5,
@@ -66,9 +73,12 @@ from jaxllm.models import (
     opt,
     phi,
     phi3,
+    qwen2_5_vl,
     qwen2_moe,
+    qwen2_vl,
     qwen3,
     qwen3_moe,
+    qwen_vl,
     roberta,
     smollm3,
     stablelm,
@@ -86,6 +96,7 @@ PRESETS: dict[str, Callable[[], Transformer]] = {
         llama.llama32_1b,
         llama.smollm2_135m,
         llama.qwen2_05b,
+        mistral.mistral_7b,
         gpt2.gpt2_small,
         gpt2.gpt2_medium,
         gpt2.gpt2_large,
@@ -150,6 +161,20 @@ ENCODER_DECODERS: dict[str, Callable[[], EncoderDecoder]] = {
         bart.bart_large,
     )
 }
+
+SEEING: dict[str, Callable[[], TwoTower | VisionLanguage]] = {
+    f.__name__: f
+    for f in (
+        clip.clip_vit_b32,
+        qwen2_vl.qwen2_vl_2b,
+        qwen2_5_vl.qwen25_vl_3b,
+        llava.llava15_7b,
+        blip2.blip2_opt_27b,
+        qwen_vl.qwen_vl,
+    )
+}
+
+EVERY: dict[str, Callable[[], Spec]] = {**PRESETS, **ENCODER_DECODERS, **SEEING}
 
 
 def toy(spec: Transformer, *, dim: int = 48, vocab: int = 97, window: int = 5, repeats: int = 2) -> Transformer:

@@ -18,7 +18,7 @@ from jaxllm.config import Transformer
 from jaxllm.data.files import write_atomic
 from jaxllm.experiment import Experiment, load_config, saved
 from jaxllm.model import Run, locate, spec_of
-from jaxllm.models.presets import ENCODER_DECODERS, PRESETS
+from jaxllm.models.presets import EVERY
 from jaxllm.plan.compile import TIME_OUT, compile_step, prepare, require_compiler
 from jaxllm.plan.estimate import Plan, advice, estimate, to_json
 from jaxllm.plan.info import Info, info, parameters_by_part, training_bytes
@@ -228,9 +228,8 @@ def find(target: str, overrides: Iterable[str] = ()) -> Experiment | Spec:
     """
     if target.endswith(".py"):
         return load_config(target, overrides)
-    presets = PRESETS | ENCODER_DECODERS
-    if target in presets and not Path(target).exists():
-        return presets[target]()
+    if target in EVERY and not Path(target).exists():
+        return EVERY[target]()
     try:
         match locate(target):
             case Run(path):
@@ -240,7 +239,7 @@ def find(target: str, overrides: Iterable[str] = ()) -> Experiment | Spec:
     except FileNotFoundError:
         raise ValueError(
             f"info: {target!r} must be a config file (.py), a run directory, a model folder or .gguf file, or one of "
-            f"{', '.join(presets)}"
+            f"{', '.join(EVERY)}"
         ) from None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import tempfile
 from collections import defaultdict
 from functools import partial
@@ -27,7 +28,7 @@ from jaxllm.config import DynamicNTK, EncoderDecoder, Transformer, TwoTower, Vis
 from jaxllm.convert.hf import save_folder
 from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.models.families import FAMILIES, family_of_spec, spec_of_config
-from jaxllm.models.presets import PRESETS, toy
+from jaxllm.models.presets import EVERY, toy
 from jaxllm.nn.patch import cut
 from jaxllm.nn.position import by_length
 from jaxllm.params import abstract, count
@@ -198,6 +199,16 @@ def compiled(spec: Any, arrays: dict[str, Any] | None) -> str:
 # ----------------------------------------------------------------------------------------------------------- the page
 
 
+def family_of(make: Any) -> str:
+    """The family in whose file a preset stands, if that can express it (Qwen2's stands beside LLaMA's)."""
+    own = sys.modules[make.__module__].MODEL_TYPE
+    try:
+        spec = make()
+        return own if spec_of_config(FAMILIES[own].to_hf(spec)) == spec else family_of_spec(spec)[0].MODEL_TYPE
+    except ValueError:
+        return family_of_spec(make())[0].MODEL_TYPE
+
+
 def published(make: Any) -> tuple[str, str]:
     """(name, count) of a preset; the count is marked when it is not what the docstring states."""
     found = re.search(r"([\d,]{7,}) parameters", make.__doc__ or "")
@@ -244,8 +255,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     presets = defaultdict(list)
-    for make in PRESETS.values():
-        presets[family_of_spec(make())[0].MODEL_TYPE].append(make)
+    for make in EVERY.values():
+        presets[family_of(make)].append(make)
     held, last, lines = folders(), kept(), []
     for family in FAMILIES:
         lines.append("| " + " | ".join(row(family, presets[family], held[family], options.compile, last)) + " |")
