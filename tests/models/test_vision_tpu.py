@@ -134,6 +134,7 @@ def abstract(spec):
     return trees.abstract(model_params(spec), jnp.float32)
 
 
+@pytest.mark.slow
 def test_steps_and_decoding_compile_for_a_tpu():
     names = [name for name in CONFIGS if name != "clip"]
     jobs = [Job(contrastive_step, (abstract(spec_named("clip")), jax.eval_shape(pairs)), "v5e:2x2")]
