@@ -107,7 +107,7 @@ def project(x: Float[Array, ...], w: Weight, equation: str, bias: Array | None =
     """einsum(equation, x, w) + bias in x's dtype (accumulated in float32 by the matrix unit).
 
     `equation` is "x axes,w axes->out axes" with single letters of the dimension key; the axes that x and w share and
-    the result lacks are contracted.  bias: shaped as the trailing axes of the result.
+    the result lacks are contracted.  bias: shaped as the trailing axes of the result.  An adapter's rank is called r.
     """
     y = _project(x, w, equation)
     return y if bias is None else y + leading(bias, y.ndim).astype(y.dtype)
@@ -132,12 +132,12 @@ def _project(x: Array, w: Weight, equation: str) -> Array:
         case Adapted(base, a, b, scaling):
             x_axes, w_axes, out_axes = _axes(equation)
             first, second = w_axes[: a.ndim - 1], w_axes[a.ndim - 1 :]
-            into, out_of = (f"{first}R", a), (f"R{second}", b)
+            into, out_of = (f"{first}r", a), (f"r{second}", b)
             if not any(c in x_axes and c not in out_axes for c in first):  # a head [V, D] contracts its trailing axes
                 into, out_of = out_of, into
             rest = "".join(c for c in out_axes if c in x_axes or c in into[0])
-            low = jnp.einsum(f"{x_axes},{into[0]}->{rest}R", x, into[1].astype(x.dtype))
-            delta = jnp.einsum(f"{rest}R,{out_of[0]}->{out_axes}", low, out_of[1].astype(x.dtype))
+            low = jnp.einsum(f"{x_axes},{into[0]}->{rest}r", x, into[1].astype(x.dtype))
+            delta = jnp.einsum(f"{rest}r,{out_of[0]}->{out_axes}", low, out_of[1].astype(x.dtype))
             return _project(x, base, equation) + delta * scaling.astype(x.dtype)
         case Matrix():
             return _matmul(x, w, equation)
