@@ -22,11 +22,13 @@ def inputs_of(batch: Batch) -> Inputs:
 
 def nll(params: Any, spec: Transformer, batch: Batch, runtime: Runtime) -> Float[Array, "B T"]:
     """-log p(target) of every token in nats, float32; 0 where the weight is 0."""
-    return _nll(params, spec, batch, runtime)[0]
+    return _nll(params, spec, batch, runtime, None)[0]
 
 
-def _nll(params: Any, spec: Transformer, batch: Batch, runtime: Runtime) -> tuple[Float[Array, "B T"], Aux]:
-    out = forward(params, spec, inputs_of(batch), runtime)
+def _nll(
+    params: Any, spec: Transformer, batch: Batch, runtime: Runtime, key: Array | None
+) -> tuple[Float[Array, "B T"], Aux]:
+    out = forward(params, spec, inputs_of(batch), runtime, key=key)
     logprob_BT = token_logprobs(params, spec, out.hidden_BTD, batch.target_BT, runtime)
     return jnp.where(batch.weight_BT > 0, -logprob_BT, 0.0), out.aux
 
@@ -43,10 +45,11 @@ def lm_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean next-token cross-entropy in nats over tokens of positive weight, plus the losses of routers in `balance`.
 
+    key: of dropout; None: none.
     aux: weight [], and by channel of the token [channels]: channel_nll, channel_weight (sums). With mixtures also
     router_loss [] and expert_load [L, E], times weight. Router losses are of a micro-batch, whatever its weight.
     """
-    nll_BT, found = _nll(params, spec, batch, runtime)
+    nll_BT, found = _nll(params, spec, batch, runtime, key)
     weighted_BT = nll_BT * batch.weight_BT
     of_channel = batch.channel_BT[..., None] == jnp.arange(channels)[None, None]
     weight = batch.weight_BT.sum()

@@ -111,3 +111,24 @@ def test_masked_tokens_do_not_count(getkey):
     np.testing.assert_allclose(aux["channel_weight"], [3, 0, 7])
     np.testing.assert_allclose(aux["channel_nll"], [each[0].sum(), 0, each[1].sum()], rtol=1e-6)
     assert jnp.isnan(token_logprobs(params, spec, jnp.ones((1, 1, spec.dim)), jnp.array([[10**6]]), Runtime())).all()
+
+
+def test_dropout_needs_its_key(getkey):
+    spec = SPECS["tied"]
+    dropping = replace(
+        spec,
+        stacks=tuple(replace(s, pattern=tuple(replace(b, dropout=0.5) for b in s.pattern)) for s in spec.stacks),
+    )
+    params = init(transformer_params(spec), getkey())
+    ids = jax.random.randint(getkey(), (2, 9), 0, spec.vocab)
+    position = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    ones = jnp.ones((2, 9), jnp.int32)
+    batch = Batch(ids, ids, jnp.ones((2, 9)), segment_BT=ones, position_BT=position, channel_BT=ones - 1)
+    same, other = getkey(), getkey()
+
+    def loss(spec, key=None):
+        return float(lm_loss(params, spec, batch, Runtime(), key)[0])
+
+    assert loss(dropping) == loss(spec) == loss(spec, same)
+    assert loss(dropping, same) == loss(dropping, same)
+    assert len({loss(dropping), loss(dropping, same), loss(dropping, other)}) == 3
