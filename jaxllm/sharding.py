@@ -21,7 +21,7 @@ Arrays are placed by PartitionSpec on the *context mesh* (`jax.set_mesh`), so th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -35,12 +35,19 @@ from jaxtyping import Array
 from jaxllm import leaves
 from jaxllm.params import Param, ParamTree, map_params
 
-MESH_AXES = ("replica", "stage", "data", "expert", "sequence", "tensor")
+DATA = ("data", "data_y", "data_z")
+"""The data axis, along each direction of the chips' torus that it spans (everything on "data" elsewhere).
+
+The TPU compiler turns a reduce-scatter over two directions at once, and a gather over three, into an all-reduce or a
+chain of permutes: twice the traffic, and up to half as many cycles again. Axis after axis they stay what they are.
+"""
+
+MESH_AXES = ("replica", "stage", *DATA, "expert", "sequence", "tensor")
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 RULES: Rules = (
-    ("batch", ("replica", "data")),
+    ("batch", ("replica", *DATA)),
     ("vocab", ("tensor",)),
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
@@ -68,8 +75,11 @@ class Layout:
     rules: Rules = RULES
     replicate_below: int = 2**16
 
-    def sizes(self, devices: int) -> dict[str, int]:
-        """Mesh axis -> size for this many devices. Raises ValueError when they do not divide."""
+    def sizes(self, devices: int, torus: Sequence[int] = ()) -> dict[str, int]:
+        """Mesh axis -> size for this many devices. Raises ValueError when they do not divide.
+
+        torus: the sides of the torus that the devices form, if they do.
+        """
         others = self.tensor * self.replica
         data = devices // others if self.data is None else self.data
         if data * others != devices or data < 1:
@@ -77,15 +87,41 @@ class Layout:
                 f"layout: replica={self.replica} x data={self.data} x tensor={self.tensor} must be the number of "
                 f"devices, {devices}; set data=None to take what is left, with tensor * replica dividing {devices}"
             )
-        return dict.fromkeys(MESH_AXES, 1) | {"replica": self.replica, "data": data, "tensor": self.tensor}
+        along = dict(zip(DATA, _along(data, torus), strict=False))
+        return dict.fromkeys(MESH_AXES, 1) | {"replica": self.replica, "tensor": self.tensor} | along
 
 
-def make_mesh(layout: Layout, devices: Any = None) -> Mesh:
-    """The mesh of a layout over `devices` (default: all of jax's)."""
+def _along(data: int, torus: Sequence[int]) -> tuple[int, ...]:
+    """The data axis cut by the sides of the torus, of which other axes take the last ones; whole where that fails."""
+    sides = [n for n in torus if n > 1]
+    others, rest = divmod(math.prod(sides), data)
+    for i in reversed(range(len(sides))):
+        taken = math.gcd(sides[i], others)
+        sides[i], others = sides[i] // taken, others // taken
+    found = tuple(n for n in sides if n > 1)
+    return found if not rest and others == 1 and len(found) <= len(DATA) and found else (data,)
+
+
+def torus_of(devices: Sequence[Any]) -> tuple[int, ...]:
+    """The sides of the box of chips that TPU devices fill; () for other devices and for chips that fill none."""
+    places: list[Any] = [d.coords for d in devices if hasattr(d, "coords")]
+    if not places or len(places) < len(devices):
+        return ()
+    sides = tuple(1 + max(p[i] for p in places) - min(p[i] for p in places) for i in range(len(places[0])))
+    return sides if math.prod(sides) == len(devices) else ()
+
+
+def make_mesh(layout: Layout, devices: Any = None, torus: Sequence[int] | None = None) -> Mesh:
+    """The mesh of a layout over `devices` (default: all of jax's). torus: default, what the devices say."""
     devices = jax.devices() if devices is None else list(devices)
-    sizes = layout.sizes(len(devices))
+    sizes = layout.sizes(len(devices), torus_of(devices) if torus is None else torus)
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+
+
+def batch_ways(sizes: Mapping[str, int]) -> int:
+    """Into how many parts a batch is cut."""
+    return math.prod(sizes[a] for a in ("replica", *DATA))
 
 
 def mesh_sizes() -> Mapping[str, int]:
@@ -115,13 +151,14 @@ def partition(
 
 
 def storage(param: Param, layout: Layout, sizes: Mapping[str, int]) -> PartitionSpec:
-    """PartitionSpec of a master weight and its moments: the compute table, and "data" on one more axis from stage 1 on.
+    """PartitionSpec of a master weight and its moments: the compute table, and DATA on one more axis from stage 1 on.
 
     The data axis goes to the first of embed, ffn, heads, kv_heads, vocab, head_dim, rank that it divides.
     """
     spec = partition(param.axes, param.shape, layout, sizes)
     per_layer = math.prod(n for n, a in zip(param.shape, param.axes, strict=True) if a != "layers")
-    data = sizes.get("data", 1)
+    added = tuple(a for a in DATA if sizes.get(a, 1) > 1)
+    data = math.prod(sizes[a] for a in added)
     if layout.zero == 0 or data == 1 or per_layer < layout.replicate_below:
         return spec
     for axis in _STORAGE_ORDER:
@@ -129,7 +166,7 @@ def storage(param: Param, layout: Layout, sizes: Mapping[str, int]) -> Partition
             i = param.axes.index(axis)
             used = _names(spec[i])
             if param.shape[i] % (data * math.prod(sizes[a] for a in used)) == 0:
-                return PartitionSpec(*spec[:i], (*used, "data"), *spec[i + 1 :])
+                return PartitionSpec(*spec[:i], (*used, *added), *spec[i + 1 :])
     return spec
 
 
@@ -160,18 +197,32 @@ def constrain(x: Array, axes: tuple[str | None, ...], layout: Layout | None) -> 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _relay(w: Array, dtype: DTypeLike, forward: PartitionSpec, backward: PartitionSpec) -> Array:
-    """w in `dtype`, laid out `forward`; its gradient is laid out `backward`, then cast to w's dtype."""
-    return jax.lax.with_sharding_constraint(w.astype(dtype), forward)
+def _relay(w: Array, dtype: DTypeLike, forward: tuple[PartitionSpec, ...], backward: PartitionSpec) -> Array:
+    """w in `dtype`, laid out `forward`, one after another; its gradient is laid out `backward`, then cast to w's dtype.
+
+    The gradient is scattered in two steps where `backward` has two axes of DATA or more.
+    """
+    w = w.astype(dtype)
+    for spec in forward:
+        w = jax.lax.with_sharding_constraint(w, spec)
+    return w
 
 
-def _relay_fwd(w: Array, dtype: DTypeLike, forward: PartitionSpec, backward: PartitionSpec) -> tuple[Array, Array]:
+def _without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    return PartitionSpec(*(tuple(a for a in _names(entry) if a not in axes) or None for entry in spec))
+
+
+def _relay_fwd(
+    w: Array, dtype: DTypeLike, forward: tuple[PartitionSpec, ...], backward: PartitionSpec
+) -> tuple[Array, Array]:
     return _relay(w, dtype, forward, backward), np.zeros((0,), w.dtype)  # type: ignore[return-value]
 
 
 def _relay_bwd(
-    dtype: DTypeLike, forward: PartitionSpec, backward: PartitionSpec, like: Array, g: Array
+    dtype: DTypeLike, forward: tuple[PartitionSpec, ...], backward: PartitionSpec, like: Array, g: Array
 ) -> tuple[Array]:
+    last = [a for a in DATA[1:] if any(a in _names(entry) for entry in backward)][-1:]
+    g = jax.lax.with_sharding_constraint(g, _without(backward, tuple(last)))
     return (jax.lax.with_sharding_constraint(g, backward).astype(like.dtype),)
 
 
@@ -193,8 +244,11 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
             if layout is None or not sizes:
                 return x.astype(cast)
             forward = partition(axes, x.shape, layout, sizes)
-            sharded = layout.zero >= 1 and axes == p.axes
-            return _relay(x, cast, forward, storage(p, layout, sizes) if sharded else forward)
+            if layout.zero == 0 or axes != p.axes:
+                return _relay(x, cast, (forward,), forward)
+            stored = storage(p, layout, sizes)
+            three = layout.zero == 3 and any(DATA[2] in _names(entry) for entry in stored)
+            return _relay(x, cast, (_without(stored, DATA[2:]), forward) if three else (forward,), stored)
 
         return leaves.map_arrays(array, w, p.axes, outputs=p.outputs)
 
@@ -204,14 +258,14 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
 def lookup(declared: Param, table_VD: leaves.Weight, ids_BT: Array, layout: Layout | None, dtype: DTypeLike) -> Array:
     """`leaves.lookup` that shards: rows [B, T, D] in the batch layout, without gathering the table.
 
-    Where the table's D is spread over "data" (ZeRO), each device looks up every row's own slice of D, and an
+    Where the table's D is spread over DATA (ZeRO), each device looks up every row's own slice of D, and an
     all-to-all turns [B, T, D/n] into [B/n, T, D]. Its gradient is then local to the slice: no [V, D] sum exists.
     """
     sizes = mesh_sizes()
     if layout is None or not sizes:
         return leaves.lookup(table_VD, ids_BT, dtype)
     width = _names(storage(declared, layout, sizes)[1])
-    if "data" in width:
+    if set(width) & set(DATA):
         batch = _names(partition(("batch",), (ids_BT.shape[0],), layout, sizes)[0])
         rest = tuple(a for a in batch if a not in width) or None
         ids_BT = jax.lax.with_sharding_constraint(ids_BT, PartitionSpec(rest, None))

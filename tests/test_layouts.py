@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxllm.objectives.lm import lm_loss
 from jaxllm.params import Constant, Normal, Param
 from jaxllm.records import Batch
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import Layout, make_mesh, partition, storage
+from jaxllm.sharding import DATA, MESH_AXES, Layout, make_mesh, partition, storage, torus_of
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.step import abstract_state, batch_sharding, init_state, make_step
 from jaxllm.transformer import transformer_params
@@ -35,9 +36,9 @@ def batch_of(step):
     return Batch(ids[:, :-1], ids[:, 1:], weight, segment.astype(np.int32), position.astype(np.int32), channel)
 
 
-def losses(layout, accumulate=1, steps=STEPS):
+def losses(layout, accumulate=1, torus=(), steps=STEPS):
     runtime = Runtime(layout=layout, vocab_chunk=40)
-    mesh = make_mesh(layout or Layout(), jax.devices()[: 1 if layout is None else 8])
+    mesh = make_mesh(layout or Layout(), jax.devices()[: 1 if layout is None else 8], torus)
     step = make_step(
         lambda params, batch, key: lm_loss(params, SPEC, batch, runtime, key, channels=2),
         OPTIMIZER, TREE, runtime, accumulate=accumulate,
@@ -62,21 +63,21 @@ def one_device():
 
 
 LAYOUTS = {
-    "data": (Layout(zero=0), 1),
-    "zero1": (Layout(zero=1), 1),
-    "zero2 accumulated": (Layout(zero=2), 2),
-    "zero3": (Layout(zero=3), 1),
-    "zero3 accumulated": (Layout(zero=3), 2),
-    "tensor": (Layout(tensor=2, zero=0), 1),
-    "zero3 x tensor": (Layout(tensor=2, zero=3), 1),
-    "replica x zero1 x tensor accumulated": (Layout(replica=2, tensor=2, zero=1), 2),
+    "data": (Layout(zero=0), 1, ()),
+    "zero1": (Layout(zero=1), 1, ()),
+    "zero2 accumulated on a torus": (Layout(zero=2), 2, (2, 2, 2)),
+    "zero3": (Layout(zero=3), 1, ()),
+    "zero3 accumulated on a torus": (Layout(zero=3), 2, (2, 2, 2)),
+    "tensor": (Layout(tensor=2, zero=0), 1, ()),
+    "zero3 x tensor on a torus": (Layout(tensor=2, zero=3), 1, (2, 4)),
+    "replica x zero1 x tensor accumulated": (Layout(replica=2, tensor=2, zero=1), 2, ()),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_gives_the_losses_of_one_device(name):
-    layout, accumulate = LAYOUTS[name]
-    got = losses(dataclasses.replace(layout, replicate_below=0), accumulate)
+    layout, accumulate, torus = LAYOUTS[name]
+    got = losses(dataclasses.replace(layout, replicate_below=0), accumulate, torus)
     assert_same(got, one_device())
 
 
@@ -94,7 +95,7 @@ def assert_same(got, want):
 
 # ------------------------------------------------------------------------------------------------------ rule tables
 
-SIZES = {"replica": 1, "stage": 1, "data": 4, "expert": 1, "sequence": 1, "tensor": 2}
+SIZES = dict.fromkeys(MESH_AXES, 1) | {"data": 4, "tensor": 2}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,33 @@ def test_small_parameters_stay_whole():
 def test_a_mesh_that_does_not_divide_the_model_is_refused(axis, n):
     with pytest.raises(ValueError, match=f"must divide {axis}={n}"):
         partition((axis,), (n,), Layout(tensor=2), SIZES)
+
+
+@pytest.mark.parametrize(
+    ("torus", "tensor", "want"),
+    [
+        ((16, 16), 1, (16, 16, 1)),
+        ((4, 4, 4), 1, (4, 4, 4)),
+        ((4, 4, 4), 2, (4, 4, 2)),
+        ((2, 4), 4, (2, 1, 1)),
+        ((2, 4), 8, (1, 1, 1)),
+        ((1, 4), 1, (4, 1, 1)),
+        ((6, 4), 4, (6, 1, 1)),
+        ((), 1, (8, 1, 1)),
+    ],
+)
+def test_the_data_axis_follows_the_torus(torus, tensor, want):
+    sizes = Layout(tensor=tensor).sizes(int(np.prod(torus)) if torus else 8, torus)
+    assert (tuple(sizes[a] for a in DATA), sizes["tensor"]) == (want, tensor)
+
+
+def test_the_torus_is_read_off_the_chips():
+    def chips(places):
+        return [SimpleNamespace(coords=p) for p in places]
+
+    assert torus_of(chips(np.ndindex(2, 4, 1))) == (2, 4, 1)
+    assert torus_of(chips([(0, 0, 0), (1, 1, 0)])) == ()
+    assert torus_of(jax.devices()) == ()
 
 
 def test_a_mesh_that_does_not_divide_the_devices_is_refused():

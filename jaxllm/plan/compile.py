@@ -26,7 +26,7 @@ from jaxllm.params import leaves
 from jaxllm.plan.bundles import flags
 from jaxllm.plan.kernels import Call, call_of
 from jaxllm.plan.topology import Slice, nearest
-from jaxllm.sharding import Layout, storage
+from jaxllm.sharding import Layout, batch_ways, storage
 from jaxllm.transformer import transformer_params
 
 TIME_OUT = 1800.0  # seconds; an 8B model on 256 chips takes about 120 on two cores
@@ -69,7 +69,7 @@ def prepare(exp: Experiment, target: Slice) -> Experiment:
     sizes = layout.sizes(target.devices)
     for param in leaves(transformer_params(exp.model)):
         storage(param, layout, sizes)
-    ways = sizes["replica"] * sizes["data"]
+    ways = batch_ways(sizes)
     unit = ways * exp.accumulate
     if exp.batch_size % unit:
         raise ValueError(

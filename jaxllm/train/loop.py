@@ -29,7 +29,7 @@ from jaxllm.nn.moe import correct_routers
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.params import count
 from jaxllm.records import Batch, Params, TrainState
-from jaxllm.sharding import Layout, make_mesh
+from jaxllm.sharding import Layout, batch_ways, make_mesh
 from jaxllm.train.checkpoint import CHECKPOINTS, Checkpointer, restore
 from jaxllm.train.dataset import Dataset, prepare, train_batch
 from jaxllm.train.evaluate import Evaluate, evaluate, make_evaluate
@@ -207,7 +207,7 @@ def _introduce(exp: Experiment, data: Dataset, mesh: Mesh, peak: tuple[float, st
 
 def check_batch(exp: Experiment, mesh: Mesh) -> None:
     """Raise ValueError when the rows of micro-batches [B, T] do not divide over the devices that share the batch."""
-    unit = exp.accumulate * mesh.shape["replica"] * mesh.shape["data"]
+    unit = exp.accumulate * batch_ways(mesh.shape)
     if exp.runtime.layout is not None and exp.batch_size % unit:
         raise ValueError(
             f"batch_size={exp.batch_size} must be a multiple of accumulate x replica x data = {unit}; "
