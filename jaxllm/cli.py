@@ -27,6 +27,7 @@ from jaxllm.decode.stream import require_tokenizer, stream
 from jaxllm.decode.weights import prepare
 from jaxllm.doctor import doctor_command
 from jaxllm.model import Model, load
+from jaxllm.plan.choose import cheapest_command, decode_command, search_command
 from jaxllm.plan.report import find, info_command, plan_command
 from jaxllm.runtime import Runtime
 from jaxllm.show_mask import draw, pattern_of, patterns_in
@@ -159,7 +160,18 @@ def data_verb(args: argparse.Namespace) -> int:
 
 def plan_verb(args: argparse.Namespace) -> int:
     """Compile a config's train step for a TPU slice, without a TPU: memory, time, traffic per chip."""
-    return plan_command(args.config, args.overrides, args.topology, args.json, args.timeout)
+    config, overrides = args.config, args.overrides
+    if args.cheapest is not None:
+        tokens, days = args.cheapest
+        return cheapest_command(config, overrides, tokens, days, args.json)
+    if args.topology is None:
+        raise ValueError("plan: --topology NAME is needed, such as v5e:16x16 (all but --cheapest plan for one slice)")
+    if args.decode is not None:
+        return decode_command(config, overrides, args.topology, args.decode, args.json)
+    if args.search:
+        files = {"out": args.out, "json_path": args.json, "picture": args.report}
+        return search_command(config, overrides, args.topology, minutes=args.minutes, **files)
+    return plan_command(config, overrides, args.topology, args.json, args.timeout, args.report)
 
 
 def info_verb(args: argparse.Namespace) -> int:
@@ -230,8 +242,15 @@ def parser() -> argparse.ArgumentParser:
 
     p = _verb(verbs, "plan", plan_verb, "compile for a TPU slice")
     _config(p)
-    p.add_argument("--topology", required=True, help="such as v5e:16x16, v5p:4x4x4, v6e:4x4")
+    p.add_argument("--topology", help="such as v5e:16x16, v5p:4x4x4, v6e:4x4")
     p.add_argument("--json", metavar="FILE", help="write the figures here too")
+    p.add_argument("--report", metavar="FILE", help="draw memory and time: .png, or .html with the figures")
+    p.add_argument("--search", action="store_true", help="find the fastest layout, recomputation and micro-batch")
+    p.add_argument("--minutes", type=float, default=20.0, help="with --search: how long to compile (default: 20)")
+    p.add_argument("--out", metavar="FILE", help="with --search: write the best as a config file")
+    cheapest = {"nargs": 2, "type": float, "metavar": ("TOKENS", "DAYS")}
+    p.add_argument("--cheapest", **cheapest, help="the slices that train on TOKENS in DAYS, by chip-hours")
+    p.add_argument("--decode", type=int, metavar="BATCH", help="cache and speed limit of decoding BATCH rows")
     p.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="give up after so long")
 
     p = _verb(verbs, "info", info_verb, "count without allocating")

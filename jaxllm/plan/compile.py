@@ -88,6 +88,11 @@ def require_compiler() -> None:
         )
 
 
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+
+
 # ------------------------------------------------------------------------------------------------------ compiling
 
 
@@ -195,7 +200,7 @@ def _collect(job: Path, code: int, target: Slice) -> Compiled:
         limit=result.get("limit"),
         seconds=result["compile_seconds"],
         cpu_seconds=result["cpu_seconds"],
-        versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        versions=versions(),
     )
 
 

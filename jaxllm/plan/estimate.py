@@ -208,6 +208,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "mfu_formula": "model_tflop / (step_seconds x peak); step_seconds = xla_seconds + pallas_seconds",
         "collectives": made and {kind: {"count": n, "wire_gb": gb} for kind, (n, gb) in made.wire().items()},
         "wire_gb": made and sum(c.wire for c in made.collectives) / 1e9,
+        "wire_seconds": plan.wire_seconds,
         "tokens": plan.tokens_per_chip,
         "unknown_loops": made and list(made.unknown_loops),
         "compile_seconds": plan.compiled.seconds,

@@ -95,7 +95,7 @@ def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     stored = sum(math.prod(p.shape) // _ways(storage(p, layout, sizes), sizes) for _, p in paths(tree))
     tokens = exp.batch_size * exp.data.context // (batch_ways(sizes) * exp.accumulate)
     width = _BYTES[exp.runtime.compute_dtype]
-    kept = sum(n * _saved_width(block, exp.model.dim, exp.runtime.remat) for block, n in _blocks(exp.model))
+    kept = sum(n * saved_width(b, exp.model.dim, exp.runtime.remat, layout.tensor) for b, n in _blocks(exp.model))
     gradients = count(tree) // sizes["tensor"] if layout.zero < 2 else stored
     return {
         "parameters": 4 * stored,
@@ -119,10 +119,11 @@ def _blocks(spec: Transformer) -> list[tuple[Block, int]]:
     return list(counts.items())
 
 
-def _saved_width(block: Block, dim: int, remat: str) -> int:
+def saved_width(block: Block, dim: int, remat: str, tensor: int = 1) -> int:
     """Numbers per token that a layer keeps for its backward pass. An estimate for "none", which is XLA's to choose."""
     kv_heads, key, value = widths(block.attn)
-    heads, kv, up = score_width(block.attn) // 2, kv_heads * (key + value), ffn_width(block.ffn)
+    heads = score_width(block.attn) // 2 // tensor
+    kv, up = kv_heads * (key + value) // tensor, ffn_width(block.ffn) // tensor
     kept = {"full": dim, "attention": dim + heads, "dots": 3 * dim + heads + kv + up}
     return kept.get(remat, 5 * dim + 2 * heads + 2 * kv + 2 * up)
 

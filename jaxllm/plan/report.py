@@ -23,6 +23,7 @@ from jaxllm.plan.compile import TIME_OUT, compile_step, prepare, require_compile
 from jaxllm.plan.estimate import Plan, advice, estimate, to_json
 from jaxllm.plan.info import Info, info, parameters_by_part, training_bytes
 from jaxllm.plan.memory import PARTS
+from jaxllm.plan.picture import draw
 from jaxllm.plan.program import Program
 from jaxllm.plan.topology import parse
 
@@ -57,10 +58,13 @@ def plan_command(
     topology: str,
     json_path: str | None = None,
     time_out: float = TIME_OUT,
+    picture: str | None = None,
 ) -> int:
     """`jaxllm plan CONFIG --topology NAME`: print the plan. Returns 0, or 1 when it does not fit."""
     result = plan(load_config(config_path, overrides), topology, time_out=time_out)
     print_plan(result, Console())
+    if picture is not None and result.fits:
+        draw(f"{result.exp.model.name} on {topology}", [(result.exp.model.name, to_json(result))], Path(picture))
     if json_path is not None:
         write_json(json_path, to_json(result))
     return 0 if result.fits else 1

@@ -20,9 +20,12 @@ from dataclasses import dataclass
 
 from jax.sharding import PartitionSpec
 
-from jaxllm.config import GLU, GQA, MLP, Block
+from jaxllm.cache import widths
+from jaxllm.config import GLU, Block, MoE
 from jaxllm.experiment import Experiment
+from jaxllm.flops import score_width
 from jaxllm.params import Param, paths
+from jaxllm.plan.info import ffn_width, saved_width
 from jaxllm.sharding import Layout, batch_ways, partition, storage
 from jaxllm.transformer import transformer_params
 
@@ -42,7 +45,7 @@ class StepBytes:
         stack before the scan and gathers layer by layer. The head is sharded from stage 1 on, and gathered chunk by
         chunk. An embedding that is only looked up is not among them.
     accumulators: 4 for each parameter stored, if there is more than one micro-batch; they add up in fp32.
-    saved: c t D for each layer: its input.
+    saved: c t for each number that a layer keeps: under full recomputation its input, D.
     layer: the gradients made so far (all but the embedding's, at worst), and what one layer's backward pass works with.
     loss: the head's gradient, and what one chunk of the vocabulary works with.
     """
@@ -69,13 +72,9 @@ class StepBytes:
 def step_bytes(exp: Experiment, devices: int) -> StepBytes:
     """The formula for an experiment's step on so many chips.
 
-    It speaks of flash attention; another kernel works with more. Raises ValueError unless `runtime.remat` is "full".
+    It speaks of flash attention; another kernel works with more. Under `runtime.remat` "full" it is within 10 % of the
+    compiler; what other policies keep is the compiler's choice in part.
     """
-    if exp.runtime.remat != "full":
-        raise ValueError(
-            f'step_bytes: runtime.remat must be "full", got {exp.runtime.remat!r}: what else is kept is the '
-            "compiler's choice; ask it with `jaxllm plan`"
-        )
     layout = exp.runtime.layout or Layout()
     sizes = layout.sizes(devices)
     stored, used = _sizes(layout, sizes)
@@ -92,7 +91,7 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
         batch=24 * t * exp.accumulate,
         weights=c * sum(stored(p) if layout.zero == 3 or (layout.zero and p is head) else used(p) for p in multiplied),
         accumulators=4 * sum(map(stored, params.values())) if exp.accumulate > 1 else 0,
-        saved=c * t * exp.model.dim * exp.model.layers,
+        saved=c * t * sum(saved_width(b, exp.model.dim, exp.runtime.remat, sizes["tensor"]) for b in _layers(exp)),
         layer=sum(map(gradient, multiplied)) + max(_layer(exp, b, t, c, sizes) for b in _blocks(exp)),
         loss=gradient(head) + _loss(exp, t, c, sizes["tensor"]),
     )
@@ -128,6 +127,10 @@ def _blocks(exp: Experiment) -> list[Block]:
     return [block for stack in exp.model.stacks for block in stack.pattern]
 
 
+def _layers(exp: Experiment) -> list[Block]:
+    return [block for stack in exp.model.stacks for block in stack.pattern * stack.repeats]
+
+
 def _layer(exp: Experiment, block: Block, t: int, c: int, sizes: Mapping[str, int]) -> int:
     """One layer recomputed and differentiated, its weights' gradients last, so that their operands live to the end.
 
@@ -135,23 +138,17 @@ def _layer(exp: Experiment, block: Block, t: int, c: int, sizes: Mapping[str, in
     4 t (N + K) H: q, k, v, the output, and their gradients.
     t F for each of the ffn's matrices (their operands: for a GLU gate, up and their product, each or its gradient).
     Its largest matrix twice: gathered (stage 3), and its gradient before it is scattered. One at a time.
+    Of a mixture F are the columns of a token's experts, the matrix that of all experts, and tokens are copied to them.
     """
     D, tensor = exp.model.dim, sizes["tensor"]
-    attn = block.attn
-    if not isinstance(attn, GQA):
-        raise ValueError(f"zero formula: stated for GQA layers only, found {type(attn).__name__}; ask `jaxllm plan`")
-    heads = (attn.heads + attn.kv_heads) * attn.head_dim // tensor
-    match block.ffn:
-        case GLU(hidden):
-            matrices = 3
-        case MLP(hidden):
-            matrices = 2
-        case other:
-            raise ValueError(
-                f"zero formula: stated for dense layers only, found {type(other).__name__}; ask `jaxllm plan`"
-            )
-    largest = D * max(hidden, attn.heads * attn.head_dim) // tensor
-    return c * (t * (5 * D + 4 * heads + matrices * hidden // tensor) + 2 * largest)
+    kv_heads, key, value = widths(block.attn)
+    heads = score_width(block.attn) // 2 + kv_heads * (key + value) // 2
+    ffn, copies = block.ffn, block.ffn.router.top_k if isinstance(block.ffn, MoE) else 0
+    one = ffn.expert if isinstance(ffn, MoE) else ffn
+    columns = ffn_width(ffn) * (3 / 2 if isinstance(one, GLU) else 2)
+    columns_of_matrix = one.hidden * (ffn.experts if isinstance(ffn, MoE) else 1)
+    largest = D * max(columns_of_matrix, score_width(block.attn) // 2) // tensor
+    return c * (t * ((5 + 2 * copies) * D + (4 * heads + int(columns)) // tensor) + 2 * largest)
 
 
 def _loss(exp: Experiment, t: int, c: int, tensor: int) -> int:

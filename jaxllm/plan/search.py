@@ -1,0 +1,272 @@
+"""Which layout fits a slice and is fastest: all of them by formula, the most promising by the compiler.
+
+    predicted memory  = `zero.step_bytes`                                       within 15 % of what was compiled
+    predicted seconds = max(arithmetic / (0.8 peak), wire bytes / links)        only to choose what to compile first
+    arithmetic        = matrices (3 + r_m) + attention (3.5 + r_a) times their forward FLOPs
+
+r is what the backward pass recomputes: 1 of the matrices under "full" and "attention", 1 of attention but under "none"
+and "attention". A flash backward pass has 5 products for the forward's 2, so 2.5 of its FLOPs. 0.8 is what the compiler
+makes of the matrix unit in the steps of docs/benchmarks.md. Wire bytes: ZeRO 3 moves every weight three times per
+micro-batch, stages 1 and 2 twice per step, 0 two times (an all-reduce); a tensor-parallel layer moves its residual
+stream twelve times (six all-reduces, two of them recomputed).
+
+Candidates whose prediction exceeds the chip's memory by more than 15 % are dropped, the others compiled in order of
+predicted tokens/s, one at a time, each in a child process, until the budget is spent; what was compiled before by this
+code is read from the cache. The rank is by tokens/s per chip, the longer of arithmetic and links, of those that fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from etils import epath
+
+from jaxllm import serial
+from jaxllm.data.files import write_atomic
+from jaxllm.experiment import Experiment
+from jaxllm.params import count
+from jaxllm.plan.compile import prepare, versions
+from jaxllm.plan.info import info
+from jaxllm.plan.topology import Slice, names, parse
+from jaxllm.plan.zero import step_bytes
+from jaxllm.runtime import Remat
+from jaxllm.sharding import Layout, batch_ways
+from jaxllm.transformer import transformer_params
+
+EFFICIENCY = 0.8
+"""Of the matrix unit's peak."""
+SLACK = 1.15
+"""Predicted over available memory up to which a candidate is worth compiling."""
+
+_RECOMPUTED = {"full": (1, 1), "attention": (1, 0), "dots": (0, 1), "none": (0, 0)}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run an experiment on a slice. bytes, seconds: predicted, per chip and step."""
+
+    exp: Experiment
+    target: Slice
+    bytes: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Per chip, predicted."""
+        return self.exp.batch_size * self.exp.data.context / self.target.devices / self.seconds
+
+    @property
+    def label(self) -> str:
+        """What distinguishes it from others of its search."""
+        layout = self.exp.runtime.layout or Layout()
+        axes = {name: getattr(layout, name) for name in ("replica", "tensor")}
+        cut = " ".join(f"{name} {n}" for name, n in axes.items() if n > 1)
+        rest = f"ZeRO {layout.zero}, remat {self.exp.runtime.remat}, accumulate {self.exp.accumulate}"
+        return f"{cut}, {rest}" if cut else rest
+
+
+@dataclass(frozen=True)
+class Found:
+    """A compiled candidate: `estimate.to_json` of its plan, or why there is none."""
+
+    candidate: Candidate
+    figures: dict[str, Any] | None
+    problem: str | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Per chip, by the longer of arithmetic and links; None when it does not fit."""
+        if self.figures is None or not self.figures["fits"]:
+            return None
+        return self.figures["tokens"] / max(self.figures["step_seconds"], self.figures["wire_seconds"])
+
+
+# -------------------------------------------------------------------------------------------------------- predicting
+
+
+def predict(exp: Experiment, target: Slice) -> Candidate:
+    """A prepared experiment with its predicted bytes and seconds."""
+    held = step_bytes(exp, target.devices)
+    return Candidate(exp, target, held.arguments + held.temporary, max(*_seconds(exp, target)))
+
+
+def _seconds(exp: Experiment, target: Slice) -> tuple[float, float]:
+    """(arithmetic, links)."""
+    layout = exp.runtime.layout or Layout()
+    sizes, cost = layout.sizes(target.devices), info(exp.model, exp.data.context)
+    tokens = exp.batch_size * exp.data.context / target.devices
+    matrices, attention = _RECOMPUTED[exp.runtime.remat]
+    forward = cost.forward_flops
+    flops = tokens * (forward["matrices"] * (3 + matrices) + forward["attention"] * (3.5 + attention))
+    weights = 2 * count(transformer_params(exp.model)) / layout.tensor
+    moves = {0: 2, 1: 2, 2: 2, 3: 3 * exp.accumulate}[layout.zero] if batch_ways(sizes) > 1 else 0
+    stream = 2 * exp.model.dim * exp.model.layers * tokens * layout.tensor
+    wire = weights * moves + (12 * stream if layout.tensor > 1 else 0)
+    return flops / (EFFICIENCY * target.chip.peak), wire / target.chip.wire
+
+
+def candidates(exp: Experiment, target: Slice) -> list[Candidate]:
+    """Every layout, recomputation and micro-batch of the experiment that the slice and the model admit.
+
+    Best first: by predicted tokens/s among those that may fit. Raises ValueError when none may, with the least bytes.
+    """
+    found = [predict(one, target) for one in _admitted(exp, target)]
+    if not found:
+        prepare(exp, target)  # says why, if that is why
+        raise ValueError(
+            f"search: no layout divides batch_size={exp.batch_size} over {target.name}; choose a multiple of "
+            f"{target.devices}"
+        )
+    possible = [c for c in found if c.bytes <= SLACK * target.chip.hbm]
+    if not possible:
+        least = min(found, key=lambda c: c.bytes)
+        raise ValueError(
+            f"search: {exp.model.name} fits {target.name} in no way: the least is {least.bytes / 2**30:.1f} GiB per "
+            f"chip ({least.label}) of {target.chip.hbm / 2**30:.0f}; take a larger slice, or data.context below "
+            f"{exp.data.context}"
+        )
+    return sorted(possible, key=lambda c: (-c.tokens_per_second, c.bytes))
+
+
+def _admitted(exp: Experiment, target: Slice) -> Iterator[Experiment]:
+    powers = [2**i for i in range(target.devices.bit_length()) if target.devices % 2**i == 0]
+    own = exp.runtime.layout or Layout()
+    for tensor, zero, remat in itertools.product(powers[:5], (3, 1), get_args(Remat)):
+        layout = replace(own, data=None, tensor=tensor, replica=1, zero=zero)
+        rows = exp.batch_size // (target.devices // tensor)
+        for accumulate in (2**i for i in range(rows.bit_length())):
+            runtime = replace(exp.runtime, layout=layout, remat=remat)
+            try:
+                yield prepare(replace(exp, runtime=runtime, accumulate=accumulate), target)
+            except ValueError:
+                continue
+
+
+# --------------------------------------------------------------------------------------------------------- compiling
+
+
+def search(
+    wanted: list[Candidate],
+    compile_one: Callable[[Candidate], dict[str, Any]],
+    *,
+    minutes: float,
+    progress: Callable[[int, Candidate], None] = lambda i, c: None,
+) -> Iterator[Found]:
+    """Compiles candidates in order until the time is spent (at least one). `compile_one` gives `estimate.to_json`.
+
+    A candidate that holds and computes no less than one that did not fit, with everything else equal, is passed over.
+    """
+    end = time.monotonic() + 60 * minutes
+    failed: list[Candidate] = []
+    for i, candidate in enumerate(wanted):
+        if i and time.monotonic() > end:
+            return
+        if any(_hopeless(candidate, other) for other in failed):
+            continue
+        progress(i, candidate)
+        try:
+            found = Found(candidate, compile_one(candidate))
+        except (RuntimeError, TimeoutError) as error:
+            found = Found(candidate, None, str(error))
+        if found.tokens_per_second is None and found.problem is None:
+            failed.append(candidate)
+        yield found
+
+
+def _hopeless(candidate: Candidate, failed: Candidate) -> bool:
+    """Whether the compiler's refusal of one says it of the other: the same layout, and no less predicted memory."""
+    return candidate.exp.runtime.layout == failed.exp.runtime.layout and candidate.bytes >= failed.bytes
+
+
+def cached(compile_one: Callable[[Candidate], dict[str, Any]], folder: Path) -> Callable[[Candidate], dict[str, Any]]:
+    """`compile_one` that keeps what it made in `folder`, by experiment, slice, compiler and this library's source."""
+    stamp = _source_hash() + json.dumps(versions(), sort_keys=True) + os.environ.get("LIBTPU_INIT_ARGS", "")
+
+    def get(candidate: Candidate) -> dict[str, Any]:
+        plain = replace(candidate.exp, run_dir="", samples=())
+        key = hashlib.sha256((stamp + candidate.target.name + serial.dumps(plain)).encode()).hexdigest()[:32]
+        path = folder / f"{key}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        made = compile_one(candidate)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(epath.Path(path), json.dumps(made).encode())
+        return made
+
+    return get
+
+
+def _source_hash() -> str:
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- choosing
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A slice that trains in time. days, chip_hours: predicted, at the best candidate's speed."""
+
+    candidate: Candidate
+    days: float
+    chip_hours: float
+
+
+def offers(exp: Experiment, tokens: float, days: float, chips: tuple[str, ...] = ("v5e", "v5p", "v6e")) -> list[Offer]:
+    """Slices on which the experiment sees `tokens` within `days`, by formula; fewest chip-hours first.
+
+    Raises ValueError when none does, with the fastest.
+    """
+    found = []
+    for target in (parse(name) for name in names() if name.split(":")[0] in chips):
+        try:
+            best = candidates(exp, target)[0]
+        except ValueError:
+            continue
+        seconds = tokens / (best.tokens_per_second * target.devices)
+        found.append(Offer(best, seconds / 86400, seconds / 3600 * target.devices))
+    if not found:
+        raise ValueError(f"cheapest: {exp.model.name} fits no slice of {', '.join(chips)}; reduce data.context")
+    in_time = sorted((o for o in found if o.days <= days), key=lambda o: o.chip_hours)
+    if not in_time:
+        fastest = min(found, key=lambda o: o.days)
+        raise ValueError(
+            f"cheapest: no slice sees {tokens:.3g} tokens in {days:g} days; the fastest, "
+            f"{fastest.candidate.target.name}, takes {fastest.days:.1f}"
+        )
+    return in_time
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Decoding bound by bytes: a step reads all weights once and every row's cache, and gives a token to each row.
+
+    weight_bytes, cache_bytes: per chip.  tokens_per_second: of all rows together, their caches full.
+    fits: whether both fit the chip with a tenth to spare.
+    """
+
+    weight_bytes: int
+    cache_bytes: int
+    tokens_per_second: float
+    fits: bool
+
+
+def decoding(exp: Experiment, target: Slice, batch: int) -> Decoding:
+    """A bound on decoding `batch` rows of `data.context` tokens, weights and cache in bfloat16, cut over all chips."""
+    cost = info(exp.model, exp.data.context)
+    weights = 2 * cost.parameters["total"] // target.devices
+    cache = batch * cost.kv_bytes_context // target.devices
+    speed = batch * target.chip.bandwidth / (weights + cache)
+    return Decoding(weights, cache, speed, weights + cache <= 0.9 * target.chip.hbm)
