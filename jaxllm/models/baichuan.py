@@ -44,6 +44,7 @@ def _with_alibi(i: int, block: Block) -> Block:
 MODEL_TYPE = "baichuan"
 ARCHITECTURES = ("BaichuanForCausalLM", "BaiChuanForCausalLM")
 PREFIX = "model."
+PRESETS = (baichuan_7b, baichuan2_7b, baichuan2_13b)
 NORMALISED_VOCAB = 125_696
 
 BAICHUAN = {

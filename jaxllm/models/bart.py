@@ -47,6 +47,7 @@ MODEL_TYPE = "bart"
 SPEC = EncoderDecoder
 ARCHITECTURES = ("BartForConditionalGeneration", "BartModel")
 PREFIX = "model."
+PRESETS = (bart_base, bart_large)
 FIELDS = Fields(
     read={
         "vocab_size": 50_265,

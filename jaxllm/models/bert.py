@@ -51,6 +51,7 @@ ARCHITECTURES = tuple(
     )
 )  # fmt: skip
 PREFIX = "bert."
+PRESETS = (bert_base, bert_large, bert_base_pretraining)
 POOLER_NOTES = {f"pooler_{n}" for n in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")}
 FIELDS = Fields(read=like.SHAPE, only=like.ONLY, ignored=frozenset({"directionality", *POOLER_NOTES}) | like.DROPOUT)
 

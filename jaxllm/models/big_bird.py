@@ -36,6 +36,7 @@ ARCHITECTURES = tuple(
     )
 )  # fmt: skip
 PREFIX = "bert."
+PRESETS = (bigbird_roberta_base,)
 OWN = {"vocab_size": 50_358, "hidden_act": "gelu_new", "max_position_embeddings": 4096}
 SPARSE = {"attention_type": "block_sparse", "block_size": 64, "num_random_blocks": None}
 FIELDS = Fields(

@@ -31,6 +31,7 @@ def bloom_560m() -> Transformer:
 MODEL_TYPE = "bloom"
 ARCHITECTURES = ("BloomForCausalLM",)
 PREFIX = "transformer."
+PRESETS = (bloom_560m,)
 
 TRAINING = "attention_softmax_in_fp32 masked_softmax_fusion bias_dropout_fusion skip_bias_add skip_bias_add_qkv"
 FIELDS = Fields(

@@ -26,6 +26,7 @@ def chatglm3_6b() -> Transformer:
 MODEL_TYPE = "chatglm"
 ARCHITECTURES = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
 PREFIX = "transformer."
+PRESETS = (chatglm3_6b,)
 HALF = Rope(10_000.0, 0.5, interleaved=True)
 
 NEUTRAL = (  # the reference goes by padded_vocab_size; the others are precision, fusion, dropout

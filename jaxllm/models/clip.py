@@ -61,6 +61,9 @@ def clip_vit_b32() -> TwoTower:
     return from_hf({"model_type": "clip"})
 
 
+PRESETS = (clip_vit_b32,)
+
+
 def from_hf(config: Config) -> TwoTower:
     """An `eos_token_id` of 2 says that texts are read at their largest id: the first release's files have it so."""
     c = plain(config, PARTS, FIELDS)

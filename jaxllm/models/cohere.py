@@ -27,6 +27,7 @@ def command_r() -> Transformer:
 MODEL_TYPE = "cohere"
 ARCHITECTURES = ("CohereForCausalLM",)
 PREFIX = "model."
+PRESETS = (command_r,)
 
 COHERE = {
     "vocab_size": 256_000,

@@ -27,6 +27,7 @@ def command_r7b() -> Transformer:
 MODEL_TYPE = "cohere2"
 ARCHITECTURES = ("Cohere2ForCausalLM",)
 PREFIX = "model."
+PRESETS = (command_r7b,)
 
 FIELDS = Fields(
     read=SHAPE | COHERE | {"sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None},

@@ -1,13 +1,4 @@
-"""What family files share: reading config fields strictly, rotary settings, stacks from layers, expanding name tables.
-
-A family is a module with
-
-    MODEL_TYPE, ARCHITECTURES   what config.json calls it
-    PREFIX                      leading part of tensor names that base-model checkpoints lack
-    from_hf(config) -> spec     every field which changes the math, or a ValueError that names the field
-    to_hf(spec) -> config       the inverse, in today's style (`rope_parameters`); ValueError for a foreign spec
-    names(spec) -> table        of `jaxllm.convert.rules`
-"""
+"""What family files share: reading config fields strictly, stacks from layers, name tables over all layers."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ def deepseek_v2_lite() -> Transformer:
 MODEL_TYPE = "deepseek_v2"
 ARCHITECTURES = ("DeepseekV2ForCausalLM",)
 PREFIX = "model."
+PRESETS = (deepseek_v2_lite,)
 
 FIELDS = Fields(
     read=SHAPE | {"mlp_bias": False, "topk_method": "greedy"},

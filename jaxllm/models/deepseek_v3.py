@@ -24,6 +24,7 @@ def deepseek_v3() -> Transformer:
 MODEL_TYPE = "deepseek_v3"
 ARCHITECTURES = ("DeepseekV3ForCausalLM",)
 PREFIX = "model."
+PRESETS = (deepseek_v3,)
 
 OWN = {
     "vocab_size": 129_280,

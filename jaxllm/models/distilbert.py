@@ -30,6 +30,7 @@ ARCHITECTURES = tuple(
     )
 )  # fmt: skip
 PREFIX = "distilbert."
+PRESETS = (distilbert_base,)
 NAMES = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",

@@ -43,6 +43,7 @@ def falcon_rw_1b() -> Transformer:
 MODEL_TYPE = "falcon"
 ARCHITECTURES = ("FalconForCausalLM",)
 PREFIX = "transformer."
+PRESETS = (falcon_7b, falcon_rw_1b)
 
 SHAPE = {
     "vocab_size": 65_024,

@@ -24,6 +24,7 @@ def gemma_2b() -> Transformer:
 MODEL_TYPE = "gemma"
 ARCHITECTURES = ("GemmaForCausalLM",)
 PREFIX = "model."
+PRESETS = (gemma_2b,)
 
 GEMMA = {
     "vocab_size": 256_000,

@@ -38,6 +38,7 @@ def gemma2_2b() -> Transformer:
 MODEL_TYPE = "gemma2"
 ARCHITECTURES = ("Gemma2ForCausalLM",)
 PREFIX = "model."
+PRESETS = (gemma2_2b,)
 
 GEMMA2 = {
     "vocab_size": 256_000,

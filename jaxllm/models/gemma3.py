@@ -34,6 +34,7 @@ def gemma3_1b() -> Transformer:
 MODEL_TYPE = "gemma3_text"
 ARCHITECTURES = ("Gemma3ForCausalLM",)
 PREFIX = "model."
+PRESETS = (gemma3_1b,)
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 GEMMA3 = {

@@ -22,6 +22,8 @@ def glm4_9b() -> Transformer:
 MODEL_TYPE = "glm"
 ARCHITECTURES = ("GlmForCausalLM",)
 PREFIX = "model."
+PRESETS = (glm4_9b,)
+PREFERRED = True
 
 GLM = {
     "vocab_size": 151_552,

@@ -29,6 +29,7 @@ def glm4_9b_0414() -> Transformer:
 MODEL_TYPE = "glm4"
 ARCHITECTURES = ("Glm4ForCausalLM",)
 PREFIX = "model."
+PRESETS = (glm4_9b_0414,)
 
 NORMS: tuple[Row, ...] = (
     ("input_layernorm.weight", "attn_norm/scale", None),

@@ -43,6 +43,7 @@ def gpt2_xl() -> Transformer:
 MODEL_TYPE = "gpt2"
 ARCHITECTURES = ("GPT2LMHeadModel",)
 PREFIX = "transformer."
+PRESETS = (gpt2_small, gpt2_medium, gpt2_large, gpt2_xl)
 
 SUMMARY = {f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")}
 FIELDS = Fields(

@@ -32,6 +32,7 @@ def pythia_160m() -> Transformer:
 MODEL_TYPE = "gpt_neox"
 ARCHITECTURES = ("GPTNeoXForCausalLM",)
 PREFIX = "gpt_neox."
+PRESETS = (pythia_160m,)
 
 FIELDS = Fields(
     read={

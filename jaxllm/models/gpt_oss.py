@@ -24,6 +24,7 @@ def gpt_oss_20b() -> Transformer:
 MODEL_TYPE = "gpt_oss"
 ARCHITECTURES = ("GptOssForCausalLM",)
 PREFIX = "model."
+PRESETS = (gpt_oss_20b,)
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 OWN = {

@@ -30,6 +30,7 @@ def gptj_6b() -> Transformer:
 MODEL_TYPE = "gptj"
 ARCHITECTURES = ("GPTJForCausalLM",)
 PREFIX = "transformer."
+PRESETS = (gptj_6b,)
 
 SUMMARY = {f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")}
 FIELDS = Fields(

@@ -35,6 +35,7 @@ def multiplied(spec: Transformer, by: dict[str, float], divisor: float) -> Trans
 MODEL_TYPE = "granite"
 ARCHITECTURES = ("GraniteForCausalLM",)
 PREFIX = "model."
+PRESETS = (granite3_2b,)
 
 MULTIPLIERS = ("embedding", "attention", "residual")
 SCALES = {f"{name}_multiplier": 1.0 for name in MULTIPLIERS} | {"logits_scaling": 1.0}

@@ -55,6 +55,9 @@ def llava15_7b() -> VisionLanguage:
     return from_hf({"model_type": MODEL_TYPE, "text_config": text})
 
 
+PRESETS = (llava15_7b,)
+
+
 def from_hf(config: Config) -> VisionLanguage:
     """`vision_feature_layer` counts hidden states: 0 before the first layer, -1 after the last; one or several."""
     c = clip_like.plain(config, {"text_config": None, "vision_config": None}, FIELDS)

@@ -35,6 +35,7 @@ def longformer_large() -> Transformer:
 MODEL_TYPE = "longformer"
 ARCHITECTURES = tuple(f"Longformer{suffix}" for suffix in roberta.SUFFIXES if suffix != "ForCausalLM")
 PREFIX = "longformer."
+PRESETS = (longformer_base, longformer_large)
 SHAPE = {name: value for name, value in like.SHAPE.items() if name != "is_decoder"}
 FIELDS = Fields(
     read=SHAPE | {"attention_window": None},

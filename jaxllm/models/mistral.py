@@ -22,6 +22,7 @@ def mistral_7b() -> Transformer:
 MODEL_TYPE = "mistral"
 ARCHITECTURES = ("MistralForCausalLM",)
 PREFIX = "model."
+PRESETS = (mistral_7b,)
 
 FIELDS = Fields(
     read=SHAPE

@@ -23,6 +23,7 @@ def mixtral_8x7b() -> Transformer:
 MODEL_TYPE = "mixtral"
 ARCHITECTURES = ("MixtralForCausalLM",)
 PREFIX = "model."
+PRESETS = (mixtral_8x7b,)
 
 OWN = {"intermediate_size": 14_336, "num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5}
 FIELDS = Fields(

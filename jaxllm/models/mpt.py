@@ -36,6 +36,7 @@ def mpt_7b() -> Transformer:
 MODEL_TYPE = "mpt"
 ARCHITECTURES = ("MptForCausalLM", "MPTForCausalLM")
 PREFIX = "transformer."
+PRESETS = (mpt_7b,)
 
 UNREAD = {"expansion_ratio", "learned_pos_emb", "embedding_fraction"}  # the second is for models without ALiBi
 FIELDS = Fields(

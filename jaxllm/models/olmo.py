@@ -26,6 +26,7 @@ def olmo_1b() -> Transformer:
 MODEL_TYPE = "olmo"
 ARCHITECTURES = ("OlmoForCausalLM",)
 PREFIX = "model."
+PRESETS = (olmo_1b,)
 
 OWN = {"vocab_size": 50_304, "attention_bias": False, "clip_qkv": None}
 FIELDS = Fields(read={name: value for name, value in (SHAPE | OWN).items() if name != "rms_norm_eps"})

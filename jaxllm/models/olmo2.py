@@ -24,6 +24,7 @@ def olmo2_7b() -> Transformer:
 MODEL_TYPE = "olmo2"
 ARCHITECTURES = ("Olmo2ForCausalLM",)
 PREFIX = "model."
+PRESETS = (olmo2_7b,)
 
 FIELDS = Fields(read=SHAPE | {"vocab_size": 50_304, "rms_norm_eps": 1e-5, "attention_bias": False})
 NORMS: tuple[Row, ...] = (

@@ -32,6 +32,7 @@ def olmoe_1b_7b() -> Transformer:
 MODEL_TYPE = "olmoe"
 ARCHITECTURES = ("OlmoeForCausalLM",)
 PREFIX = "model."
+PRESETS = (olmoe_1b_7b,)
 
 OWN = {
     "vocab_size": 50_304,

@@ -38,6 +38,7 @@ def opt_350m() -> Transformer:
 MODEL_TYPE = "opt"
 ARCHITECTURES = ("OPTForCausalLM",)
 PREFIX = "model."
+PRESETS = (opt_125m, opt_350m)
 
 FIELDS = Fields(
     read={

@@ -32,6 +32,7 @@ def phi2() -> Transformer:
 MODEL_TYPE = "phi"
 ARCHITECTURES = ("PhiForCausalLM",)
 PREFIX = "model."
+PRESETS = (phi2,)
 
 FIELDS = Fields(
     read={

@@ -26,6 +26,7 @@ def phi3_mini() -> Transformer:
 MODEL_TYPE = "phi3"
 ARCHITECTURES = ("Phi3ForCausalLM",)
 PREFIX = "model."
+PRESETS = (phi3_mini,)
 
 PHI3 = {
     "vocab_size": 32_064,

@@ -48,6 +48,9 @@ def qwen25_vl_3b() -> VisionLanguage:
     return from_hf({"model_type": MODEL_TYPE, "text_config": text, "vision_config": tower})
 
 
+PRESETS = (qwen25_vl_3b,)
+
+
 def from_hf(config: Config) -> VisionLanguage:
     """All layers of the tower attend within windows but those of `fullatt_block_indexes`."""
     return spec_of(config, VISION, _vision, MODEL_TYPE)

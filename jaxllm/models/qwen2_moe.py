@@ -25,6 +25,7 @@ def qwen15_moe_a27b() -> Transformer:
 MODEL_TYPE = "qwen2_moe"
 ARCHITECTURES = ("Qwen2MoeForCausalLM",)
 PREFIX = "model."
+PRESETS = (qwen15_moe_a27b,)
 
 OWN = {
     "intermediate_size": 5632,

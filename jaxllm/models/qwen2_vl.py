@@ -35,6 +35,9 @@ def qwen2_vl_2b() -> VisionLanguage:
     return from_hf({"model_type": MODEL_TYPE, "text_config": text, "vision_config": {"hidden_size": 1536}})
 
 
+PRESETS = (qwen2_vl_2b,)
+
+
 def from_hf(config: Config) -> VisionLanguage:
     """Layers of the tower are those of a ViT, with LayerNorm."""
     return spec_of(config, VISION, _vision, MODEL_TYPE)

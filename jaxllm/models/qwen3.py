@@ -26,6 +26,7 @@ def qwen3_06b() -> Transformer:
 MODEL_TYPE = "qwen3"
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 PREFIX = "model."
+PRESETS = (qwen3_06b,)
 
 FIELDS = Fields(
     read={**qwen2.FIELDS.read, "head_dim": 128, "attention_bias": False},

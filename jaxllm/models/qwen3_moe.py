@@ -26,6 +26,7 @@ def qwen3_30b_a3b() -> Transformer:
 MODEL_TYPE = "qwen3_moe"
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 PREFIX = "model."
+PRESETS = (qwen3_30b_a3b,)
 
 OWN = {"intermediate_size": 6144, "num_key_value_heads": 4, "attention_bias": False}
 MIXTURE = {"moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128}

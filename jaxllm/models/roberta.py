@@ -44,6 +44,7 @@ SUFFIXES = (
 MODEL_TYPE = "roberta"
 ARCHITECTURES = tuple(f"Roberta{suffix}" for suffix in SUFFIXES)
 PREFIX = "roberta."
+PRESETS = (roberta_base, roberta_large)
 FIELDS = Fields(read=like.SHAPE | {"vocab_size": 50_265}, only=like.ONLY, ignored=like.DROPOUT)
 
 

@@ -43,6 +43,7 @@ def without_rope(spec: Transformer, rotated: list[bool]) -> Transformer:
 MODEL_TYPE = "smollm3"
 ARCHITECTURES = ("SmolLM3ForCausalLM",)
 PREFIX = "model."
+PRESETS = (smollm3_3b,)
 
 SMOLLM3 = {
     "vocab_size": 128_256,

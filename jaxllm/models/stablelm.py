@@ -25,6 +25,7 @@ def stablelm2_16b() -> Transformer:
 MODEL_TYPE = "stablelm"
 ARCHITECTURES = ("StableLmForCausalLM",)
 PREFIX = "model."
+PRESETS = (stablelm2_16b,)
 
 FIELDS = Fields(
     read={

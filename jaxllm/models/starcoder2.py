@@ -24,6 +24,7 @@ def starcoder2_3b() -> Transformer:
 MODEL_TYPE = "starcoder2"
 ARCHITECTURES = ("Starcoder2ForCausalLM",)
 PREFIX = "model."
+PRESETS = (starcoder2_3b,)
 
 UNREAD = {"activation_function", "layer_norm_epsilon"}  # published beside hidden_act and norm_epsilon
 FIELDS = Fields(

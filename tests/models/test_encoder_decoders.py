@@ -20,7 +20,7 @@ from jaxllm.convert.rules import wanted
 from jaxllm.decode.weights import prepare
 from jaxllm.models.families import FAMILIES, family_of_spec, settled, spec_of_config
 from jaxllm.models.presets import ENCODER_DECODERS, toy_encoder_decoder
-from jaxllm.params import count, init, unstack
+from jaxllm.params import init, unstack
 from jaxllm.records import Inputs, inputs
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout, make_mesh
@@ -193,29 +193,6 @@ def test_specs_that_do_not_fit_together():
         EncoderDecoder(spec.encoder, replace(spec.encoder, causal=True, head=spec.head), 0)
     with pytest.raises(ValueError, match="no known family"):
         family_of_spec(EncoderDecoder(spec.encoder, replace(spec.decoder, norm=low(spec).norm), 2))
-
-
-PUBLISHED = {
-    "t5_small": 60_506_624,
-    "t5_base": 222_903_552,
-    "t5_v1_1_small": 76_961_152,
-    "t5_v1_1_base": 247_577_856,
-    "mt5_small": 300_176_768,
-    "bart_base": 139_470_681,
-    "bart_large": 406_341_721,
-}
-
-
-@pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_published_sizes(name):
-    """Counts, and names and shapes of every tensor, without making one."""
-    spec = ENCODER_DECODERS[name]()
-    assert count(model_params(spec)) == PUBLISHED[name]
-    family, config = family_of_spec(spec)
-    shapes = wanted(family.names(spec), model_params(spec))
-    assert sum(np.prod(shape) for shape in shapes.values()) == PUBLISHED[name]
-    assert settled(family, spec_of_config(config), shapes) == spec
-    assert family.MODEL_TYPE in name
 
 
 # -------------------------------------------------------------------------------------------------------- contracts

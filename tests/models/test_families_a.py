@@ -1,9 +1,7 @@
 """GPT-NeoX, Phi, Falcon, BLOOM, GPT-J, StableLM, StarCoder2, MPT, OPT: sizes, fields, refusals, names on the hub."""
 
-import contextlib
 import json
 import shutil
-from dataclasses import replace
 from math import log, prod, sqrt
 from pathlib import Path
 
@@ -13,31 +11,15 @@ from safetensors.numpy import load_file, save_file
 
 import jaxllm
 from jaxllm.architectures import model_params
-from jaxllm.config import GLU, MLP, NTK, Alibi, Full, LayerNorm, Linear, Local, LongRope, RMSNorm, Rope
+from jaxllm.config import Alibi, Full, LayerNorm, Linear, Local, LongRope, Rope
 from jaxllm.convert.rules import wanted
-from jaxllm.models import bloom, falcon, gpt_neox, gptj, llama, mpt, opt, phi, phi3, stablelm, starcoder2
-from jaxllm.models.common import layers_of, with_blocks
+from jaxllm.models import bloom, falcon, gpt_neox, gptj, mpt, opt, phi, starcoder2
+from jaxllm.models.common import layers_of
 from jaxllm.models.families import family_of_spec, spec_of_config
 from jaxllm.models.rope import classic
 from jaxllm.params import count
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-MODULES = (gpt_neox, phi3, falcon, bloom, gptj, phi, stablelm, starcoder2, mpt, opt)
-PRESETS = {
-    gpt_neox.pythia_160m: 162_322_944,
-    phi3.phi3_mini: 3_821_079_552,
-    falcon.falcon_7b: 6_921_720_704,
-    falcon.falcon_rw_1b: 1_311_625_216,
-    bloom.bloom_560m: 559_214_592,
-    gptj.gptj_6b: 6_050_882_784,
-    phi.phi2: 2_779_683_840,
-    stablelm.stablelm2_16b: 1_644_515_328,
-    starcoder2.starcoder2_3b: 3_030_371_328,
-    mpt.mpt_7b: 6_649_286_656,
-    opt.opt_125m: 125_239_296,
-    opt.opt_350m: 331_196_416,
-}
-every_preset = pytest.mark.parametrize("preset", PRESETS, ids=lambda f: f.__name__)
 
 
 def config_of(name):
@@ -49,17 +31,6 @@ def changed(name, change):
 
 
 # ------------------------------------------------------------------------------------------------- published sizes
-
-
-@every_preset
-def test_published_size_table_and_config(preset):
-    """Names and shapes of the published checkpoint carry every parameter once; no array is made."""
-    spec = preset()
-    assert count(model_params(spec)) == PRESETS[preset]
-    assert f"{PRESETS[preset]:,} parameters" in preset.__doc__
-    family, config = family_of_spec(spec)
-    assert sum(map(prod, wanted(family.names(spec), model_params(spec)).values())) == PRESETS[preset]
-    assert spec_of_config(config) == spec_of_config(classic(config)) == spec
 
 
 FALCON_40B = {"hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128, "num_kv_heads": 8}
@@ -301,34 +272,6 @@ REFUSED = [
 def test_unsupported_config_is_refused_by_name(name, change, message):
     with pytest.raises(ValueError, match=message):
         spec_of_config(config_of(name) | change)
-
-
-def odd_specs():
-    """Near the families, but no config.json of theirs says it."""
-    neox, rw, small, wide = gpt_neox.pythia_160m(), falcon.falcon_rw_1b(), opt.opt_125m(), phi3.phi3_mini()
-    yield replace(neox, norm=None)
-    yield replace(neox, head=None)
-    yield with_blocks(neox, lambda i, b: replace(b, norm=RMSNorm()))
-    yield with_blocks(neox, lambda i, b: replace(b, ffn=GLU(64)))
-    yield with_blocks(neox, lambda i, b: replace(b, ffn=MLP(64 + i)))
-    yield with_blocks(neox, lambda i, b: replace(b, attn=replace(b.attn, position=None)))
-    yield with_blocks(neox, lambda i, b: replace(b, attn=replace(b.attn, position=Rope(scaling=NTK(2.0)))))
-    yield with_blocks(rw, lambda i, b: replace(b, attn=replace(b.attn, position=Alibi(scale=0.7, rounded=True))))
-    yield with_blocks(small, lambda i, b: replace(b, place="parallel"))
-    yield with_blocks(wide, lambda i, b: replace(b, attn=replace(b.attn, scale=0.123)))
-
-
-@pytest.mark.parametrize("family", MODULES, ids=lambda f: f.MODEL_TYPE)
-def test_a_foreign_spec_gives_no_other_error_than_its_own(family):
-    for spec in (llama.llama32_1b(), *(f() for f in PRESETS), *odd_specs()):
-        with contextlib.suppress(ValueError):
-            family.from_hf(family.to_hf(spec))
-
-
-@pytest.mark.parametrize("spec", list(odd_specs()), ids=lambda s: s.name)
-def test_what_no_config_can_say_is_refused(spec):
-    with pytest.raises(ValueError, match=f"no known family's config.json expresses spec '{spec.name}'"):
-        family_of_spec(spec)
 
 
 # ------------------------------------------------------------------------------------------------------ hub checkpoints
