@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Embedding, LayerNorm, Learned, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models import bert_like as like
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields
+from jaxllm.rules import Rule
 
 
 def bert(name: str, layers: int, dim: int, heads: int, vocab: int = 30_522) -> Transformer:

@@ -25,8 +25,8 @@ from jaxllm.config import (
     Transform,
     Transformer,
 )
-from jaxllm.convert.rules import Alias, Rule, Unused
 from jaxllm.models.common import Config, Row, activation_from, activation_to, foreign, layers_of, stacks_of, table
+from jaxllm.rules import Alias, Rule, Unused
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 30_522,

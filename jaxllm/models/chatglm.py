@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, LayerNorm, LMHead, RMSNorm, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models.common import Config, Fields, Row, plain_layer, read_fields, rope_of, table
+from jaxllm.rules import Rule, Unused
 
 
 def chatglm3_6b() -> Transformer:

@@ -23,7 +23,7 @@ from jaxllm.config import (
     Transformer,
     Vision,
 )
-from jaxllm.convert.rules import Alias, Rule, Tensor, Unused, applicable
+from jaxllm.rules import Alias, Rule, Tensor, Unused, applicable
 
 Config = Mapping[str, Any]
 Layered = Transformer | Vision | QFormer

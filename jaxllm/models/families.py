@@ -15,9 +15,9 @@ from typing import Any
 from jaxllm import models
 from jaxllm.architectures import Spec, model_params
 from jaxllm.config import EncoderDecoder, Transformer
-from jaxllm.convert.rules import Rule, wanted
 from jaxllm.models.common import layers_of, stacks_of
 from jaxllm.models.rope import modern
+from jaxllm.rules import Rule, wanted
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GQA, MLP, Block, Embedding, LayerNorm, Learned, LMHead, Transformer, decoder
-from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields, Row
+from jaxllm.rules import Rule, Unused
 
 
 def gpt2(name: str, layers: int, dim: int, heads: int, vocab: int = 50_257, context: int = 1024) -> Transformer:

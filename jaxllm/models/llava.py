@@ -8,10 +8,10 @@ from typing import Any
 
 from jaxllm.architectures import model_params
 from jaxllm.config import Projector, Transformer, Vision, VisionLanguage
-from jaxllm.convert.rules import Rule, applicable
 from jaxllm.models import clip_like, common, llama, mistral, qwen2
 from jaxllm.models.common import Config, Fields, Row, activation_from, activation_to, foreign, layers_of, stacks_of
 from jaxllm.models.rope import modern
+from jaxllm.rules import Rule, applicable
 
 MODEL_TYPE = "llava"
 ARCHITECTURES = ("LlavaForConditionalGeneration",)

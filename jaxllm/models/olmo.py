@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Full, LayerNorm, RMSNorm, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, read_fields, with_blocks
 from jaxllm.models.llama_like import SHAPE, config_of, names_with, spec_from
 from jaxllm.models.sparse_like import attention_of
+from jaxllm.rules import Rule
 
 EPS = 1e-5
 NORM = LayerNorm(EPS, bias=False, scale=False)

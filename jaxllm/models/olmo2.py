@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Full, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, Row, read_fields, with_blocks
 from jaxllm.models.llama_like import SHAPE, config_of, names_with, spec_from
 from jaxllm.models.sparse_like import QK_NORMS_ALL, attention_of, normalised
+from jaxllm.rules import Rule
 
 
 def olmo2_7b() -> Transformer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import Full, Local, Pattern, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, layer_patterns, layers_of, read_fields, window_fields
 from jaxllm.models.llama import llama
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
+from jaxllm.rules import Rule
 
 
 def qwen2_05b() -> Transformer:

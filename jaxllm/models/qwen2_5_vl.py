@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, Merger, RMSNorm, Vision, VisionLanguage
-from jaxllm.convert.rules import Rule
 from jaxllm.models import common, qwen_vl_like
 from jaxllm.models.common import Config, Fields, Row
 from jaxllm.models.qwen_vl_like import PATCHES, UNREAD, block_with, outer_to, patches_of, spec_of, tower_rope
+from jaxllm.rules import Rule
 
 MODEL_TYPE = "qwen2_5_vl"
 ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration",)

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Full, Local, Pattern, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, layers_of, read_fields, window_fields, with_blocks
 from jaxllm.models.llama_like import NORMS, SHAPE, names_with, spec_from
 from jaxllm.models.qwen_moe_like import READ, renamed, sparse_from, sparse_to
 from jaxllm.models.sparse_like import EXPERTS, QK_NORMS, TRAINING, attention_of, normalised
+from jaxllm.rules import Rule
 
 
 def qwen3_30b_a3b() -> Transformer:

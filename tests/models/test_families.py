@@ -19,13 +19,13 @@ from safetensors.numpy import load_file, save_file
 import jaxllm
 from jaxllm.architectures import model_params
 from jaxllm.config import GLU, GQA, MLP, NTK, Alibi, LayerNorm, RMSNorm, Rope
-from jaxllm.convert.rules import wanted
 from jaxllm.models import deepseek_v3, falcon, gpt_neox, llama, mixtral, opt, phi3
 from jaxllm.models.common import layers_of, with_blocks
 from jaxllm.models.families import FAMILIES, expressed, family_of_module, family_of_spec, settled, spec_of_config
 from jaxllm.models.presets import EVERY
 from jaxllm.models.rope import classic
 from jaxllm.params import count
+from jaxllm.rules import wanted
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -12,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 import jaxllm
 from jaxllm.architectures import model_params
 from jaxllm.config import Alibi, Full, LayerNorm, Linear, Local, LongRope, Rope
-from jaxllm.convert.rules import wanted
 from jaxllm.models import bloom, falcon, gpt_neox, gptj, mpt, opt, phi, starcoder2
 from jaxllm.models.common import layers_of
 from jaxllm.models.families import family_of_spec, spec_of_config
 from jaxllm.models.rope import classic
 from jaxllm.params import count
+from jaxllm.rules import wanted
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 

@@ -10,7 +10,6 @@ from safetensors.numpy import load_file, save_file
 import jaxllm
 from jaxllm.architectures import model_params
 from jaxllm.config import Full, Local, MoE, Yarn
-from jaxllm.convert.rules import wanted
 from jaxllm.models import (
     deepseek_v2,
     deepseek_v3,
@@ -25,6 +24,7 @@ from jaxllm.models.common import layers_of
 from jaxllm.models.families import FAMILIES, family_of_spec, spec_of_config
 from jaxllm.models.rope import classic
 from jaxllm.nn.attention import scale_of
+from jaxllm.rules import wanted
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 

@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxllm
+from jaxllm import rules
 from jaxllm.architectures import model_params
 from jaxllm.config import Alibi, DynamicNTK, Full, Linear, Llama3, Local, LongRope, RMSNorm, Rope, Yarn
-from jaxllm.convert import rules
 from jaxllm.convert.hf import save_folder
 from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.decode import sample

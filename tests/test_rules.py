@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxllm.convert import rules
-from jaxllm.convert.rules import Alias, Tensor, Unused
+from jaxllm import rules
 from jaxllm.convert.safetensors_io import write_folder
 from jaxllm.leaves import Adapted, Quantised
 from jaxllm.models.families import family_of_spec
 from jaxllm.models.llama import llama
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.params import Constant, Param, map_params
+from jaxllm.rules import Alias, Tensor, Unused
 from jaxllm.transformer import transformer_params
 
 D, N, K, H, F = 6, 4, 2, 5, 3
@@ -168,7 +168,8 @@ STREAM = """
 import math, resource, sys
 import jax, numpy as np
 from etils import epath
-from jaxllm.convert import hf, rules
+from jaxllm import rules
+from jaxllm.convert import hf
 from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.models.llama import llama
 from jaxllm.sharding import Layout, make_mesh, storage_shardings
