@@ -21,6 +21,7 @@ COVERING = [
     "toy_gpt_oss_20b",  # sinks, YaRN, experts with biases
     "toy_olmo2_7b",  # norms after, over the whole width
     "toy_command_r7b",  # one norm for both branches, layers without positions, interleaved rotation
+    "toy_yoco_3b",  # layers that share keys and values
 ]
 """Toys that together have every kind of layer: all contracts run over them, over the others with `-m slow`."""
 

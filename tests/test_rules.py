@@ -151,7 +151,7 @@ def test_quantised_and_adapted_weights_are_exported_dense():
     np.testing.assert_allclose(dict(rules.export(TABLE, params, np.float32))["wte"], files["wte"] + 0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"yoco_3b"}))  # which no format has
 def test_export_then_import_at_toy_size(name):
     family, _ = family_of_spec(PRESETS[name]())
     spec = toy(PRESETS[name]())

@@ -172,9 +172,11 @@ def stacks_of(blocks: Sequence[Block]) -> tuple[Stack, ...]:
 
 
 def layers_of(spec: Layered) -> list[Block]:
-    """Every layer in order. Raises ValueError for a model of several parts, whose layers are not of one order."""
+    """Every layer in order. Raises ValueError for a model of several parts, and for layers that are not independent."""
     if not isinstance(spec, Layered):
         raise ValueError(f"layers_of: a {type(spec).__name__} has no layers of its own; look at its parts")
+    if any(stack.shared is not None for stack in spec.stacks):
+        raise ValueError(f"{spec}: layers share keys and values; keep it in jaxllm's own format, no other has this")
     return [block for stack in spec.stacks for _ in range(stack.repeats) for block in stack.pattern]
 
 

@@ -126,9 +126,9 @@ def expressed(family: Family, spec: Spec) -> dict[str, Any] | None:
     try:
         config = family.to_hf(spec)
         back = settled(family, family.from_hf(config), wanted(family.names(spec), model_params(spec)))
+        return config if _canonical(back) == _canonical(spec) else None
     except ValueError:
         return None
-    return config if _canonical(back) == _canonical(spec) else None
 
 
 def _canonical(spec: Any) -> Any:

@@ -28,7 +28,6 @@ from jaxllm.config import (
     Pattern,
     Rope,
     Scaling,
-    Stack,
     Transformer,
     Yarn,
 )
@@ -66,7 +65,9 @@ def toy(spec: Transformer, *, dim: int = 48, vocab: int = 97, window: int = 5, r
         attn = attn if isinstance(attn, Longformer) else replace(attn, pattern=shrink(attn.pattern))
         return replace(block, attn=attn, ffn=_small_ffn(block.ffn), cross=cross)
 
-    stacks = tuple(Stack(tuple(map(small, s.pattern)), min(repeats, s.repeats)) for s in spec.stacks)
+    stacks = tuple(
+        replace(s, pattern=tuple(map(small, s.pattern)), repeats=min(repeats, s.repeats)) for s in spec.stacks
+    )
     e = spec.embed
     embed = replace(
         e,

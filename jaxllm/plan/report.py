@@ -279,8 +279,9 @@ def print_costs(cost: Info, console: Console) -> None:
     console.print(table)
     if cost.kv_bytes:
         table = _table("KV cache, bfloat16", "bytes")
-        table.add_row("one more token", f"{cost.kv_bytes:,}")
+        table.add_row("one token, while no window is full", f"{cost.kv_bytes:,}")
         table.add_row(f"{cost.context:,} tokens", f"{cost.kv_bytes_context:,}")
+        table.add_row("one more than these", f"{cost.kv_bytes_next:,}")
         console.print(table)
 
 
