@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,9 @@ from jaxllm.data.train_tokenizer import train_tokenizer
 from jaxllm.model import logits
 from jaxllm.models.families import family_of_spec, spec_of_config
 from jaxllm.models.rope import classic, modern
+from tests.models.support import GOLDENS, config_of
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 NAMES = ["llama_gqa", "gpt2"]  # every family: tests/models
-
-
-def config_of(name):
-    return json.loads((GOLDENS / name / "config.json").read_text())
 
 
 @pytest.fixture(params=NAMES)

@@ -1,10 +1,8 @@
 """T5, mT5, BART: the reference's numbers, greedy decoding through the caches, contracts of encoder-decoders."""
 
-import json
 import shutil
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +17,15 @@ from jaxllm.config import GLU, MLP, EncoderDecoder
 from jaxllm.decode.weights import prepare
 from jaxllm.models.families import FAMILIES, family_of_spec, settled, spec_of_config
 from jaxllm.models.presets import ENCODER_DECODERS, toy_encoder_decoder
-from jaxllm.params import init, unstack
+from jaxllm.params import unstack
 from jaxllm.records import Inputs, inputs
 from jaxllm.rules import wanted
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout, make_mesh
+from tests.models.support import GOLDENS, close, config_of, load, noisy
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 FOLDERS = ["t5_v1_1", "bart"]
 every_folder = pytest.mark.parametrize("folder", FOLDERS)
-
-
-@cache
-def load(folder):
-    return jaxllm.load(GOLDENS / folder), np.load(GOLDENS / folder / "golden.npz")
-
-
-def config_of(folder, name="config.json"):
-    return json.loads((GOLDENS / folder / name).read_text())
-
-
-def close(got, want, tolerance=1e-4):
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------------- goldens
@@ -203,11 +188,7 @@ every_toy = pytest.mark.parametrize("name", TOYS)
 
 @cache
 def params_of(name):
-    params = init(model_params(TOYS[name]), jax.random.key(7))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(8), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+    return noisy(model_params(TOYS[name]))
 
 
 def ids(seed, *shape):

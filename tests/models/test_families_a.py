@@ -1,9 +1,8 @@
-"""GPT-NeoX, Phi, Falcon, BLOOM, GPT-J, StableLM, StarCoder2, MPT, OPT: sizes, fields, refusals, names on the hub."""
+"""GPT-NeoX, Phi, Falcon, BLOOM, GPT-J, StableLM, StarCoder2, MPT, OPT: fields, refusals, names on the hub."""
 
 import json
 import shutil
 from math import log, prod, sqrt
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,23 +11,11 @@ from safetensors.numpy import load_file, save_file
 import jaxllm
 from jaxllm.architectures import model_params
 from jaxllm.config import Alibi, Full, LayerNorm, Linear, Local, LongRope, Rope
-from jaxllm.models import bloom, falcon, gpt_neox, gptj, mpt, opt, phi, starcoder2
-from jaxllm.models.common import layers_of
 from jaxllm.models.families import family_of_spec, spec_of_config
 from jaxllm.models.rope import classic
 from jaxllm.params import count
 from jaxllm.rules import wanted
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-
-
-def config_of(name):
-    return json.loads((GOLDENS / name / "config.json").read_text())
-
-
-def changed(name, change):
-    return {k: v for k, v in (config_of(name) | change).items() if v != "absent"}
-
+from tests.models.support import GOLDENS, changed, comes_back, config_of, first
 
 # ------------------------------------------------------------------------------------------------- published sizes
 
@@ -56,31 +43,7 @@ def test_other_published_sizes(config, size):
     assert sum(map(prod, wanted(family_of_spec(spec)[0].names(spec), model_params(spec)).values())) == size
 
 
-PUBLISHED_TENSORS = [
-    (gpt_neox.pythia_160m, "gpt_neox.layers.11.attention.query_key_value.weight", (2304, 768)),
-    (falcon.falcon_7b, "transformer.h.31.self_attention.query_key_value.weight", (4672, 4544)),
-    (bloom.bloom_560m, "transformer.word_embeddings_layernorm.bias", (1024,)),
-    (gptj.gptj_6b, "lm_head.bias", (50_400,)),
-    (phi.phi2, "model.layers.31.self_attn.dense.bias", (2560,)),
-    (starcoder2.starcoder2_3b, "model.layers.29.mlp.c_fc.weight", (12_288, 3072)),
-    (mpt.mpt_7b, "transformer.blocks.31.attn.Wqkv.weight", (12_288, 4096)),
-    (opt.opt_350m, "model.decoder.project_in.weight", (1024, 512)),
-    (opt.opt_350m, "model.decoder.project_out.weight", (512, 1024)),
-    (opt.opt_125m, "model.decoder.embed_positions.weight", (2050, 768)),
-]
-
-
-@pytest.mark.parametrize(("preset", "name", "shape"), PUBLISHED_TENSORS, ids=lambda x: getattr(x, "__name__", ""))
-def test_published_names_and_shapes(preset, name, shape):
-    spec = preset()
-    assert wanted(family_of_spec(spec)[0].names(spec), model_params(spec))[name] == shape
-
-
 # --------------------------------------------------------------------------- every field that changes the math is read
-
-
-def first(look):
-    return lambda spec: look(layers_of(spec)[0])
 
 
 biases = first(lambda b: (b.attn.qkv_bias, b.attn.out_bias, b.ffn.bias))
@@ -198,11 +161,7 @@ CHANGES = [
 
 @pytest.mark.parametrize(("name", "change", "look", "value"), CHANGES, ids=lambda x: "" if callable(x) else str(x)[:50])
 def test_a_field_changes_the_spec_and_comes_back(name, change, look, value):
-    spec = spec_of_config(changed(name, change))
-    assert look(spec) == value
-    family, config = family_of_spec(spec)
-    assert spec.name == family.MODEL_TYPE
-    assert spec_of_config(config) == spec_of_config(classic(config)) == spec
+    comes_back(changed(name, change), look, value)
 
 
 def test_gpt_neox_writes_rotary_fields_that_its_reference_reads():

@@ -1,33 +1,23 @@
-"""Gemma, Cohere, GLM, Granite, SmolLM3, Yi, Baichuan, ChatGLM: sizes, fields, names, and lengths that rotations see."""
+"""Gemma, Cohere, GLM, Granite, SmolLM3, Yi, Baichuan, ChatGLM: published configs, fields, and lengths that rotations see."""
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import jaxllm
-from jaxllm import rules
-from jaxllm.architectures import model_params
 from jaxllm.config import Alibi, DynamicNTK, Full, Linear, Llama3, Local, LongRope, RMSNorm, Rope, Yarn
 from jaxllm.convert.hf import save_folder
 from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.decode import sample
 from jaxllm.models.common import layers_of
-from jaxllm.models.families import FAMILIES, family_of_spec, spec_of_config
+from jaxllm.models.families import spec_of_config
 from jaxllm.models.presets import PRESETS
-from jaxllm.models.rope import classic
 from tests.models import published
 from tests.models.hub_configs import HUB
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-
-
-def config_of(name):
-    return json.loads((GOLDENS / name / "config.json").read_text())
-
+from tests.models.support import GOLDENS, comes_back, config_of, first
 
 # ------------------------------------------------------------------------------------------------- published sizes
 
@@ -35,19 +25,6 @@ def config_of(name):
 @pytest.mark.parametrize("name", HUB)
 def test_published_config(name):
     assert spec_of_config(HUB[name]) == PRESETS[name]()
-
-
-def test_published_shapes():
-    wanted = {}
-    for name in ("baichuan2_13b", "chatglm3_6b", "glm4_9b_0414", "command_r"):
-        spec = PRESETS[name]()
-        family = FAMILIES[{"chatglm3_6b": "chatglm"}.get(name, family_of_spec(spec)[0].MODEL_TYPE)]
-        wanted |= rules.wanted(family.names(spec), model_params(spec))
-    assert wanted["model.layers.39.self_attn.W_pack.weight"] == (15_360, 5120)
-    assert wanted["transformer.encoder.layers.27.self_attention.query_key_value.weight"] == (4608, 4096)
-    assert wanted["transformer.encoder.layers.0.mlp.dense_h_to_4h.weight"] == (27_392, 4096)
-    assert wanted["model.layers.39.mlp.gate_up_proj.weight"] == (27_392, 4096)
-    assert wanted["model.layers.0.post_mlp_layernorm.weight"] == (4096,)
 
 
 # --------------------------------------------------------------------------- every field that changes the math is read
@@ -64,10 +41,6 @@ MADE = {"baichuan": BAICHUAN, "chatglm": CHATGLM}
 
 def base(name):
     return MADE[name] if name in MADE else config_of(name)
-
-
-def first(look):
-    return lambda spec: look(layers_of(spec)[0])
 
 
 def patterns(spec):
@@ -174,12 +147,7 @@ def ids(x):
 
 @pytest.mark.parametrize(("name", "change", "look", "value"), CHANGES, ids=ids)
 def test_a_field_changes_the_spec_and_comes_back(name, change, look, value):
-    config = {k: v for k, v in (base(name) | change).items() if v != "absent"}
-    spec = spec_of_config(config)
-    assert look(spec) == value
-    family = FAMILIES[config["model_type"]]
-    assert family.from_hf(family.to_hf(spec)) == spec
-    assert spec_of_config(classic(family.to_hf(spec))) == spec
+    comes_back({k: v for k, v in (base(name) | change).items() if v != "absent"}, look, value)
 
 
 REFUSED = [

@@ -2,8 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +22,8 @@ from jaxllm.params import is_param, path_name
 from jaxllm.runtime import Runtime
 from jaxllm.two_tower import place_of_text
 from jaxllm.vision_language import image_vectors, positions
+from tests.models.support import GOLDENS, close, config_of, load
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 QWENS = ("qwen2_vl", "qwen2_5_vl")
 PIXELS = ("pixel_values", "image_grid_thw")
 SEEING = (*QWENS, "llava", "llava_layers", "blip2")
@@ -36,17 +34,8 @@ every_seeing = pytest.mark.parametrize("name", SEEING)
 vectors = jax.jit(image_vectors, static_argnums=(1, 3))
 
 
-@cache
-def load(name):
-    return jaxllm.load(GOLDENS / name), np.load(GOLDENS / name / "golden.npz")
-
-
 def pixels_of(golden):
     return {name: golden[name] for name in PIXELS if name in golden.files}
-
-
-def close(got, want, tolerance=1e-4):
-    np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=tolerance)
 
 
 # -------------------------------------------------------------------------------------------------------------- CLIP
@@ -274,7 +263,7 @@ def windowed(spec):
 
 
 def config_with(name, path, value):
-    config = json.loads((GOLDENS / name / "config.json").read_text())
+    config = config_of(name)
     changed(config, path, value)
     return config
 

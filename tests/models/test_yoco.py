@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,12 +13,13 @@ from jaxllm.config import MLA, RMSNorm, Stack, decoder
 from jaxllm.decode.weights import prepare
 from jaxllm.models.families import family_of_spec
 from jaxllm.models.yoco import yoco, yoco_3b
-from jaxllm.params import init, paths
+from jaxllm.params import paths
 from jaxllm.plan.info import info
 from jaxllm.records import inputs
 from jaxllm.runtime import Runtime
 from jaxllm.transformer import forward
 from tests.models import published
+from tests.models.support import noisy
 
 SPEC = yoco("tiny", (6, 48, 6, 2, 61, 40), 5, context=64)
 BLOCK = {"attn_norm/scale": "mixer_layer_norm", "ffn_norm/scale": "final_layer_norm", "attn/q/kernel": "mixer.q_proj"}
@@ -28,13 +28,6 @@ BLOCK |= {"ffn/gate/kernel": "ffn.fc1", "ffn/up/kernel": "ffn.gate", "ffn/down/k
 TOP = {"embed/tokens": "embed_tokens", "norm/scale": "layer_norm", "head/kernel": "output_projection"}
 TOP |= {"shared/1/norm/scale": "cross_decoder.kv_layer_norm"}
 TOP |= {"shared/1/k/kernel": "cross_decoder.k_proj", "shared/1/v/kernel": "cross_decoder.v_proj"}
-
-
-def noisy_params():
-    params = init(model_params(SPEC), jax.random.key(3))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(4), len(leaves))
-    return tree.unflatten(x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True))
 
 
 def matrix(name, x):
@@ -58,7 +51,7 @@ def published_names(params):
 
 def test_logits_are_those_of_the_definition():
     """Past the window, padded on the left, and through the caches with weights laid out for decoding."""
-    params, rng = noisy_params(), np.random.default_rng(5)
+    params, rng = noisy(model_params(SPEC), 0.2), np.random.default_rng(5)
     rows = [rng.integers(0, 61, n) for n in (17, 11)]
     wanted = [published.yoco(published_names(params), row, 6, 6, 2, 5) for row in rows]
     ids, mask = (np.stack([np.pad(x, (17 - len(x), 0)) for x in xs]) for xs in (rows, [r * 0 + 1 for r in rows]))
@@ -91,7 +84,7 @@ def test_one_cache_for_half_of_the_layers(tokens, times):
 
 
 def test_the_cache_is_written_once():
-    params, ids = noisy_params(), jnp.arange(18).reshape(2, 9)
+    params, ids = noisy(model_params(SPEC), 0.2), jnp.arange(18).reshape(2, 9)
     caches = cache.init(SPEC, 2, 16, jnp.float32)
     assert [[kv.k.shape for kv in stack] for stack in caches] == [[(3, 2, 6, 5, 8)], [(1, 2, 2, 16, 8)]]
     rows = forward(params, SPEC, inputs(ids), Runtime(), cache.init(SPEC, 2, 0, jnp.float32)).rows
