@@ -162,7 +162,7 @@ def block(
         h = norm(p["attn_norm"], cfg.norm, x)
         taps["attn"], extra["attn"] = attend(h)
         taps["ffn"], extra["ffn"] = feed(h if cfg.place == "shared" else norm(p["ffn_norm"], cfg.norm, x))
-        x = x + drop((taps["attn"] + taps["ffn"]) * cfg.branch_scale, 0)
+        x = x + drop(_scaled(taps["attn"] + taps["ffn"], cfg.branch_scale), 0)
     else:
         branches = {"attn": attend, "ffn": feed} if cfg.cross is None else {"attn": attend, "cross": cross, "ffn": feed}
         for place, (name, branch) in enumerate(branches.items()):
@@ -179,9 +179,6 @@ def _residual(
     def normed(which: str, h: Array) -> Array:
         return norm(p[f"{name}{which}"], cfg.norm, h)
 
-    def scaled(h: Array, factor: float) -> Array:
-        return h if factor == 1.0 else h * factor
-
     h = normed("_norm", x) if cfg.place in ("pre", "sandwich", "normed") else x
     y, extra = branch(h)
     match cfg.place:
@@ -191,9 +188,13 @@ def _residual(
             y = normed("_norm", y)
         case _:
             pass
-    y = scaled(drop(y), cfg.branch_scale)
-    x = scaled(h if cfg.place == "normed" else x, cfg.residual_scale) + y
+    y = _scaled(drop(y), cfg.branch_scale)
+    x = _scaled(h if cfg.place == "normed" else x, cfg.residual_scale) + y
     return normed("_norm", x) if cfg.place == "post" else x, y, extra
+
+
+def _scaled(x: Float[Array, "B T D"], factor: float) -> Float[Array, "B T D"]:
+    return x if factor == 1.0 else x * factor
 
 
 def dropout(x: Float[Array, ...], rate: float, key: Array | None) -> Float[Array, ...]:

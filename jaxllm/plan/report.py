@@ -99,7 +99,7 @@ def _memory_table(result: Plan) -> Table:
 
 def _time_table(result: Plan) -> Table:
     made, chip = result.program, result.target.chip
-    assert made is not None and result.xla_seconds is not None
+    assert made is not None and result.xla_seconds is not None, "only called for a plan that was timed"
     table = _table("time, as the compiler estimates it", "", "formula")
     table.add_row(
         "XLA", _seconds(result.xla_seconds), f"{made.cycles / 1e6:,.0f} M cycles / {chip.clock / 1e9:.2f} GHz"

@@ -1,4 +1,4 @@
-"""Gemma, Cohere, GLM, Granite, SmolLM3, Yi, Baichuan, ChatGLM: published configs, fields, and lengths that rotations see."""
+"""Gemma, Cohere, GLM, Granite, SmolLM3, Yi, Baichuan, ChatGLM: hub configs, fields, lengths that rotations see."""
 
 import json
 import math
