@@ -225,7 +225,7 @@ def pooled(name: str, *classifiers: str) -> tuple[Row, ...]:
 
 
 def cls_head(spec: Transformer) -> tuple[Row, ...]:
-    """BERT's head. An untied one has a bias of its own, beside one that nothing reads."""
+    """BERT's head. An untied one has a bias of its own, beside one that nothing reads and that is not written."""
     own = "cls.predictions.bias" if spec.tied else "cls.predictions.decoder.bias"
     return (
         *dense("cls.predictions.transform.dense", "head/transform/dense"),
