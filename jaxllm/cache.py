@@ -20,7 +20,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxllm.config import GQA, MLA, And, Attention, Block, Local, Longformer, Pattern, Transformer
+from jaxllm.config import GQA, MLA, And, Attention, Block, Local, Longformer, Pattern, Stack, Transformer
 
 
 @struct.dataclass
@@ -48,7 +48,7 @@ class Rows:
     segment_BT: Int[Array, "B T"]
 
 
-Caches = tuple[tuple[KV, ...], ...]  # caches[stack][place in the pattern]
+Caches = tuple[tuple[KV, ...], ...]  # caches[stack][place in the pattern]; a stack that shares has one, of one layer
 
 
 def window(pattern: Pattern) -> int | None:
@@ -93,7 +93,12 @@ def init(spec: Transformer, batch: int, size: int, dtype: DTypeLike, ring: bool 
         empty = (k, v, jnp.zeros(names, jnp.int32), jnp.zeros(names, jnp.int32))
         return KV(*empty, wraps)
 
-    return tuple(tuple(one(block, stack.repeats) for block in stack.pattern) for stack in spec.stacks)
+    def held(stack: Stack) -> tuple[KV, ...]:
+        if stack.shared is not None:
+            return (one(stack.pattern[0], 1),)
+        return tuple(one(block, stack.repeats) for block in stack.pattern)
+
+    return tuple(map(held, spec.stacks))
 
 
 def commit(caches: Caches, rows: Any, start_B: Int[Array, " B"], count_B: Int[Array, " B"]) -> Caches:

@@ -19,10 +19,10 @@ from etils import epath
 from rich.console import Console
 from rich.progress import track
 
-from jaxllm import serial
+from jaxllm import rules, serial
 from jaxllm.architectures import Spec, model_params
 from jaxllm.config import Transformer
-from jaxllm.convert import gguf, hf, rules, translate
+from jaxllm.convert import gguf, hf, translate
 from jaxllm.convert.safetensors_io import open_folder, write_folder
 from jaxllm.convert.translate import Piece, Translation
 from jaxllm.data.gguf_tokenizer import from_gguf

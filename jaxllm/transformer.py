@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxllm.cache import Caches, Rows
-from jaxllm.config import Block, Stack, Transformer
-from jaxllm.nn.attention import Cached, Given, attention, attention_params, cross_attention, cross_params
+from jaxllm.config import GQA, Block, Stack, Transformer
+from jaxllm.nn.attention import Cached, Given, attention, attention_params, cross_attention, cross_params, keys_values
 from jaxllm.nn.attention import memory_rows as layer_memory
 from jaxllm.nn.embedding import embed, embed_params
 from jaxllm.nn.head import classifier_params, classify, head_kernel, head_params, logits
@@ -80,6 +80,25 @@ def _deepnorm(gain: float, path: str, p: Param) -> Param:
     return replace(p, init=Normal((gain if scaled else 1.0) * (2 / (fan_in + fan_out)) ** 0.5))
 
 
+SHARED = ("k", "v", "k_norm")
+
+
+def place_params(stack: Stack, place: int, dim: int, gain: float = 1.0) -> ParamTree:
+    """One layer's parameters at a place of the stack's pattern, but for what its layers share."""
+    tree = block_params(stack.pattern[place], dim, gain)
+    if stack.shared is None:
+        return tree
+    return tree | {"attn": {name: p for name, p in tree["attn"].items() if name not in SHARED}}
+
+
+def shared_params(stack: Stack, dim: int) -> ParamTree:
+    """What makes the keys and values that all layers share: norm, k and v [D, K, H]; nothing where each has its own."""
+    if stack.shared is None:
+        return {}
+    own = attention_params(stack.pattern[0].attn, dim)
+    return {"norm": norm_params(stack.shared, dim)} | {name: own[name] for name in SHARED if name in own}
+
+
 def stack_params(stacks: tuple[Stack, ...], dim: int) -> ParamTree:
     """<stack>/<place>/... of every stack, with a leading axis over its repeats.
 
@@ -87,9 +106,7 @@ def stack_params(stacks: tuple[Stack, ...], dim: int) -> ParamTree:
     """
     gain = (2 * sum(stack.layers for stack in stacks)) ** -0.5
     return {
-        str(s): {
-            str(b): stacked(block_params(block, dim, gain), stack.repeats) for b, block in enumerate(stack.pattern)
-        }
+        str(s): {str(b): stacked(place_params(stack, b, dim, gain), stack.repeats) for b in range(len(stack.pattern))}
         for s, stack in enumerate(stacks)
     }
 
@@ -98,10 +115,13 @@ def transformer_params(spec: Transformer) -> ParamTree:
     """Every parameter of the model, stacked per place in each stack's pattern.
 
     embed/tokens [V, D], embed/positions [P, D] ..., stacks/<stack>/<place>/..., norm, head/kernel [V, D], head/bias
-    [V] ..., classifiers/<name>/..., relative_bias/table [buckets, N].
+    [V] ..., classifiers/<name>/..., relative_bias/table [buckets, N], shared/<stack>/... (`shared_params`).
     """
     tree: ParamTree = {"embed": embed_params(spec), "stacks": stack_params(spec.stacks, spec.dim)}
     tree |= relative_bias_params(spec.stacks)
+    shared = {str(s): shared_params(stack, spec.dim) for s, stack in enumerate(spec.stacks) if stack.shared is not None}
+    if shared:
+        tree["shared"] = shared
     if spec.norm is not None:
         tree["norm"] = norm_params(spec.norm, spec.dim)
     head = head_params(spec)
@@ -142,7 +162,7 @@ def block(
         h = norm(p["attn_norm"], cfg.norm, x)
         taps["attn"], extra["attn"] = attend(h)
         taps["ffn"], extra["ffn"] = feed(h if cfg.place == "shared" else norm(p["ffn_norm"], cfg.norm, x))
-        x = x + drop((taps["attn"] + taps["ffn"]) * cfg.branch_scale, 0)
+        x = x + drop(_scaled(taps["attn"] + taps["ffn"], cfg.branch_scale), 0)
     else:
         branches = {"attn": attend, "ffn": feed} if cfg.cross is None else {"attn": attend, "cross": cross, "ffn": feed}
         for place, (name, branch) in enumerate(branches.items()):
@@ -159,9 +179,6 @@ def _residual(
     def normed(which: str, h: Array) -> Array:
         return norm(p[f"{name}{which}"], cfg.norm, h)
 
-    def scaled(h: Array, factor: float) -> Array:
-        return h if factor == 1.0 else h * factor
-
     h = normed("_norm", x) if cfg.place in ("pre", "sandwich", "normed") else x
     y, extra = branch(h)
     match cfg.place:
@@ -171,9 +188,13 @@ def _residual(
             y = normed("_norm", y)
         case _:
             pass
-    y = scaled(drop(y), cfg.branch_scale)
-    x = scaled(h if cfg.place == "normed" else x, cfg.residual_scale) + y
+    y = _scaled(drop(y), cfg.branch_scale)
+    x = _scaled(h if cfg.place == "normed" else x, cfg.residual_scale) + y
     return normed("_norm", x) if cfg.place == "post" else x, y, extra
+
+
+def _scaled(x: Float[Array, "B T D"], factor: float) -> Float[Array, "B T D"]:
+    return x if factor == 1.0 else x * factor
 
 
 def dropout(x: Float[Array, ...], rate: float, key: Array | None) -> Float[Array, ...]:
@@ -210,6 +231,7 @@ def run_stack(
     """A scan over repeats, a Python loop over the pattern. Returns x and, per place, what `block` gives [L, ...].
 
     params: per place a stacked tree, or a list of layers (`params.unstack`), which is run as a Python loop.
+    caches: per place, or the one of keys and values that are shared, whose new rows are not given here.
     memory: per place keys and values [L, ...] of the memory, or None.
     """
     places = range(len(cfg.pattern))
@@ -217,12 +239,13 @@ def run_stack(
     loop = listed or given.runtime.unroll
 
     def one(b: int, p: Any, x: Array, index: Any, held: Any) -> Any:
-        declared = block_params(cfg.pattern[b], x.shape[-1], 1.0)
+        declared = place_params(cfg, b, x.shape[-1])
         ready = use(declared, p, given.runtime.layout, given.runtime.compute_dtype)
-        cached = None if caches is None else (caches[b], index)
+        own = given.shared is None
+        cached = None if caches is None else (caches[b], index) if own else (caches[0], 0)
         key = None if given.key is None else jax.random.fold_in(given.key, index * len(cfg.pattern) + b)
         x, (rows, taps, experts) = block(ready, cfg.pattern[b], x, given._replace(key=key), cached, held)
-        return x, (None if caches is None else rows, taps, experts)
+        return x, (rows if caches is not None and own else None, taps, experts)
 
     def repeat(x: Array, layers: Any) -> tuple[Array, list[Any]]:
         ps, index, held = layers
@@ -251,20 +274,31 @@ def run_stacks(
     caches: Caches | None = None,
 ) -> tuple[Float[Array, "B T D"], Any, Aux]:
     """All stacks in turn. params: those of the level that owns them. Returns x, new cache rows or None, and aux."""
-    inputs, x, outs = given.inputs, x_BTD, []
+    inputs, x, outs, made = given.inputs, x_BTD, [], []
     memories = None if inputs.memory is None else inputs.memory.rows
     for s, stack in enumerate(stacks):
         held = None if caches is None else caches[s]
         own = given if given.key is None else given._replace(key=jax.random.fold_in(given.key, s))
         memory = None if memories is None else memories[s]
+        if stack.shared is not None:
+            own = own._replace(shared=_shared(params["shared"][str(s)], stack, x, own))
         x, out = run_stack(params["stacks"][str(s)], stack, x, own, held, memory)
         outs.append(out)
+        made.append([kv for kv, _, _ in out] if own.shared is None else [[y.swapaxes(1, 2)[None] for y in own.shared]])
     rows = None
     if caches is not None:
         segment_BT = jnp.ones(x.shape[:2], jnp.int32) if inputs.segment_BT is None else inputs.segment_BT
-        rows = tuple(tuple(Rows(k, v, segment_BT) for (k, v), _, _ in out) for out in outs)
+        rows = tuple(tuple(Rows(k, v, segment_BT) for k, v in places) for places in made)
     taps = _by_layer([[t for _, t, _ in out] for out in outs])
     return x, rows, Aux(taps, _by_layer([[e for _, _, e in out if e] for out in outs]))
+
+
+def _shared(p: Any, stack: Stack, x_BTD: Float[Array, "B T D"], given: Given) -> tuple[Array, Array]:
+    """The keys and values [B, T, K, H] of all layers of a stack, from what enters it."""
+    p = use(shared_params(stack, x_BTD.shape[-1]), p, given.runtime.layout, given.runtime.compute_dtype)
+    attn = stack.pattern[0].attn
+    assert isinstance(attn, GQA) and stack.shared is not None, "checked by Stack"
+    return keys_values(p, attn, norm(p["norm"], stack.shared, x_BTD), given)
 
 
 def forward(

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from jaxllm.models.presets import PRESETS, toy
-from jaxllm.params import init
 from jaxllm.transformer import transformer_params
+from tests.models.support import noisy
 
 TOYS = {spec: spec.name for spec in (toy(f()) for f in reversed(PRESETS.values())) if spec.causal}
 SPECS = {name: spec for spec, name in TOYS.items()}
@@ -21,6 +21,7 @@ COVERING = [
     "toy_gpt_oss_20b",  # sinks, YaRN, experts with biases
     "toy_olmo2_7b",  # norms after, over the whole width
     "toy_command_r7b",  # one norm for both branches, layers without positions, interleaved rotation
+    "toy_yoco_3b",  # layers that share keys and values
 ]
 """Toys that together have every kind of layer: all contracts run over them, over the others with `-m slow`."""
 
@@ -31,12 +32,7 @@ every_architecture = pytest.mark.parametrize(
 
 @cache
 def params_of(name):
-    """Parameters with noise on biases and norms, so that a dropped one shows."""
-    params = init(transformer_params(SPECS[name]), jax.random.key(7))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(8), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+    return noisy(transformer_params(SPECS[name]))
 
 
 def tokens(key, *shape):

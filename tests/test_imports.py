@@ -17,7 +17,7 @@ ROOMS = [
 
 
 def room(module: str) -> str:
-    return "rules" if module == "jaxllm.convert.rules" else module.split(".")[1]
+    return module.split(".")[1]
 
 
 def modules():

@@ -59,10 +59,20 @@ def deepnorm(layers: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Stack:
-    """`pattern` of blocks, repeated. Computed as a scan over repeats with a Python loop over the pattern inside."""
+    """`pattern` of blocks, repeated. Computed as a scan over repeats with a Python loop over the pattern inside.
+
+    shared: a norm. The keys and values of all layers are made once, of what enters the stack, after this norm; layers
+    have queries of their own only, and the stack one cache (YOCO's cross-decoder: Sun et al. 2024, eq. 2 and 3).
+    """
 
     pattern: tuple[Block, ...]
     repeats: int
+    shared: Norm | None = None
+
+    def __post_init__(self) -> None:
+        kinds = {block.attn for block in self.pattern}
+        if self.shared is not None and (len(kinds) > 1 or not isinstance(self.pattern[0].attn, GQA)):
+            raise ValueError(f"Stack: layers that share keys and values need one and the same GQA, found {kinds}")
 
     @property
     def layers(self) -> int:

@@ -16,15 +16,15 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
+from jaxllm import rules
 from jaxllm.config import GLU, GQA, Block, Linear, Llama3, LMHead, RMSNorm, Rope, Scaling, Transformer, decoder
-from jaxllm.convert import rules
 from jaxllm.convert.gguf_blocks import FORMATS, OTHER_NAMES, Format, dequantise, nbytes
 from jaxllm.convert.hf import check_vocab
-from jaxllm.convert.rules import Rule, Unused
 from jaxllm.data.gguf_tokenizer import from_gguf
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.models.common import Row, table
 from jaxllm.nn.position import frequencies
+from jaxllm.rules import Rule, Unused
 from jaxllm.transformer import transformer_params
 
 MAGIC = b"GGUF"

@@ -12,8 +12,8 @@ import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
+from jaxllm import rules
 from jaxllm.architectures import Spec, model_params
-from jaxllm.convert import rules
 from jaxllm.convert.safetensors_io import open_folder, write_folder
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.tokenizer import Tokenizer

@@ -18,13 +18,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import rules
 from jaxllm.architectures import Spec, model_params
 from jaxllm.config import GLU, GQA, MLP, Block, Full, Local, Rope, Transformer
-from jaxllm.convert import rules
-from jaxllm.convert.rules import Read, Table, Tensor
 from jaxllm.models.common import layers_of, places, stacks_of
 from jaxllm.models.families import FAMILIES, Family, expressed, family_of_spec
 from jaxllm.params import ParamTree, paths
+from jaxllm.rules import Read, Table, Tensor
 
 Piece = Callable[[str, tuple[int, ...]], np.ndarray]
 """(path, indices of its leading axes) -> that part of a parameter."""

@@ -79,7 +79,7 @@ class Decoder:
     def _rest(self, program: Program, sent: int) -> Iterator[int]:
         while True:
             state = self._state
-            assert state is not None
+            assert state is not None, "set by the caller, before the first token"
             tokens, length, done = jax.device_get((state.past.tokens_BS[0], state.past.length_B[0], state.done_B[0]))
             yield from map(int, tokens[sent:length])
             sent = int(length)

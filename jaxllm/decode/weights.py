@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxllm import params as trees
-from jaxllm.config import Block, EncoderDecoder, Stack, Transformer, VisionLanguage
+from jaxllm.config import EncoderDecoder, Stack, Transformer, VisionLanguage
 from jaxllm.decode.layout import laid_out
 from jaxllm.encoder_decoder import half
 from jaxllm.leaves import Weight, matrix
@@ -16,7 +16,7 @@ from jaxllm.nn.head import lm_head
 from jaxllm.records import Params
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import use
-from jaxllm.transformer import block_params, transformer_params
+from jaxllm.transformer import place_params, transformer_params
 
 
 def prepare(params: Params, spec: Transformer | VisionLanguage | EncoderDecoder, runtime: Runtime) -> Params:
@@ -41,7 +41,7 @@ def prepare(params: Params, spec: Transformer | VisionLanguage | EncoderDecoder,
         return ready
     ready = trees.unstack(ready)
     stacks = {
-        s: {b: [_flat(spec.stacks[int(s)].pattern[int(b)], spec.dim, p) for p in layers] for b, layers in stack.items()}
+        s: {b: [_flat(spec.stacks[int(s)], int(b), spec.dim, p) for p in layers] for b, layers in stack.items()}
         for s, stack in ready["stacks"].items()
     }
     embed = ready["embed"] | {"tokens": matrix(ready["embed"]["tokens"], 1)}
@@ -50,14 +50,14 @@ def prepare(params: Params, spec: Transformer | VisionLanguage | EncoderDecoder,
     return ready | head | {"embed": embed, "stacks": stacks}
 
 
-def _flat(cfg: Block, dim: int, layer: Params) -> Params:
+def _flat(stack: Stack, place: int, dim: int, layer: Params) -> Params:
     """One layer with its kernels as matrices: [embed, ...] or [..., embed]."""
 
     def one(path: tuple[Any, ...], p: trees.Param, w: Weight) -> Weight:
         kernel = trees.path_name(path).endswith("kernel")
         return matrix(w, len(p.axes) - p.outputs) if kernel and "experts" not in p.axes else w
 
-    return jax.tree_util.tree_map_with_path(one, block_params(cfg, dim, 1.0), layer, is_leaf=trees.is_param)
+    return jax.tree_util.tree_map_with_path(one, place_params(stack, place, dim), layer, is_leaf=trees.is_param)
 
 
 def layered(spec: Transformer, params: Params) -> tuple[Transformer, Params]:
@@ -70,7 +70,7 @@ def layered(spec: Transformer, params: Params) -> tuple[Transformer, Params]:
     stacks, weights = [], {}
     for s, stack in enumerate(spec.stacks):
         held = [params["stacks"][str(s)][str(b)][i] for i in range(stack.repeats) for b in range(len(stack.pattern))]
-        stacks.append(Stack(stack.pattern * stack.repeats, 1))
+        stacks.append(replace(stack, pattern=stack.pattern * stack.repeats, repeats=1))
         weights[str(s)] = {str(b): [layer] for b, layer in enumerate(held)}
     return replace(spec, stacks=tuple(stacks)), params | {"stacks": weights}
 

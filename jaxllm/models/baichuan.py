@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Alibi, Block, Full, LMHead, Rope, Transformer
-from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models.common import Config, Fields, Row, layers_of, read_fields, table, with_blocks
 from jaxllm.models.llama import llama
 from jaxllm.models.llama_like import ATTENTION, GATED, NORMS, SHAPE, TOP, config_of, spec_from
 from jaxllm.nn.head import lm_head
+from jaxllm.rules import Rule, Unused
 
 
 def baichuan_7b() -> Transformer:
@@ -44,6 +44,7 @@ def _with_alibi(i: int, block: Block) -> Block:
 MODEL_TYPE = "baichuan"
 ARCHITECTURES = ("BaichuanForCausalLM", "BaiChuanForCausalLM")
 PREFIX = "model."
+PRESETS = (baichuan_7b, baichuan2_7b, baichuan2_13b)
 NORMALISED_VOCAB = 125_696
 
 BAICHUAN = {

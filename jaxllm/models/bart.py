@@ -16,11 +16,11 @@ from jaxllm.config import (
     Learned,
     LMHead,
 )
-from jaxllm.convert.rules import Rule
 from jaxllm.models import common, seq2seq
 from jaxllm.models.bart_like import FFN, HEAD, attention_rows, half
 from jaxllm.models.bert_like import normed
 from jaxllm.models.common import Config, Fields, Row
+from jaxllm.rules import Rule
 
 
 def bart(name: str, dim: int, layers: int, heads: int, vocab: int = 50_265) -> EncoderDecoder:
@@ -47,6 +47,7 @@ MODEL_TYPE = "bart"
 SPEC = EncoderDecoder
 ARCHITECTURES = ("BartForConditionalGeneration", "BartModel")
 PREFIX = "model."
+PRESETS = (bart_base, bart_large)
 FIELDS = Fields(
     read={
         "vocab_size": 50_265,

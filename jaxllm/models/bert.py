@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Embedding, LayerNorm, Learned, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models import bert_like as like
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields
+from jaxllm.rules import Rule
 
 
 def bert(name: str, layers: int, dim: int, heads: int, vocab: int = 30_522) -> Transformer:
@@ -51,6 +51,7 @@ ARCHITECTURES = tuple(
     )
 )  # fmt: skip
 PREFIX = "bert."
+PRESETS = (bert_base, bert_large, bert_base_pretraining)
 POOLER_NOTES = {f"pooler_{n}" for n in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")}
 FIELDS = Fields(read=like.SHAPE, only=like.ONLY, ignored=frozenset({"directionality", *POOLER_NOTES}) | like.DROPOUT)
 

@@ -25,8 +25,8 @@ from jaxllm.config import (
     Transform,
     Transformer,
 )
-from jaxllm.convert.rules import Alias, Rule, Unused
 from jaxllm.models.common import Config, Row, activation_from, activation_to, foreign, layers_of, stacks_of, table
+from jaxllm.rules import Alias, Rule, Unused
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 30_522,
@@ -225,7 +225,7 @@ def pooled(name: str, *classifiers: str) -> tuple[Row, ...]:
 
 
 def cls_head(spec: Transformer) -> tuple[Row, ...]:
-    """BERT's head. An untied one has a bias of its own, beside one that nothing reads."""
+    """BERT's head. An untied one has a bias of its own, beside one that nothing reads and that is not written."""
     own = "cls.predictions.bias" if spec.tied else "cls.predictions.decoder.bias"
     return (
         *dense("cls.predictions.transform.dense", "head/transform/dense"),

@@ -6,10 +6,10 @@ from collections.abc import Set
 from typing import Any
 
 from jaxllm.config import GQA, BigBird, Embedding, Full, LayerNorm, Learned, Pattern, Transform, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models import bert_like as like
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields
+from jaxllm.rules import Rule
 
 
 def attention(dim: int, heads: int, pattern: Pattern, bias: bool = True) -> GQA:
@@ -36,6 +36,7 @@ ARCHITECTURES = tuple(
     )
 )  # fmt: skip
 PREFIX = "bert."
+PRESETS = (bigbird_roberta_base,)
 OWN = {"vocab_size": 50_358, "hidden_act": "gelu_new", "max_position_embeddings": 4096}
 SPARSE = {"attention_type": "block_sparse", "block_size": 64, "num_random_blocks": None}
 FIELDS = Fields(

@@ -11,7 +11,7 @@ from jaxllm.models.blip2_names import names
 from jaxllm.models.clip_like import block_of, layer_to, plain, section, side_of
 from jaxllm.models.common import Config, Fields, foreign, layers_of, stacks_of
 
-__all__ = ["ARCHITECTURES", "MODEL_TYPE", "PREFIX", "SPEC", "blip2_opt_27b", "from_hf", "names", "to_hf"]
+__all__ = ["ARCHITECTURES", "MODEL_TYPE", "PREFIX", "PRESETS", "SPEC", "blip2_opt_27b", "from_hf", "names", "to_hf"]
 MODEL_TYPE = "blip-2"
 ARCHITECTURES = ("Blip2ForConditionalGeneration",)
 PREFIX = ""
@@ -59,6 +59,9 @@ def blip2_opt_27b() -> VisionLanguage:
     text = {"vocab_size": 50_304, "hidden_size": 2560, "ffn_dim": 10_240, "num_hidden_layers": 32}
     text |= {"num_attention_heads": 32, "word_embed_proj_dim": 2560}
     return from_hf({"model_type": MODEL_TYPE, "text_config": text, "image_token_index": 50_265})
+
+
+PRESETS = (blip2_opt_27b,)
 
 
 def from_hf(config: Config) -> VisionLanguage:

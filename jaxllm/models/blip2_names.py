@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jaxllm.architectures import model_params
 from jaxllm.config import QFormer, VisionLanguage
-from jaxllm.convert.rules import Rule, Unused, applicable
 from jaxllm.models import clip_like, opt
 from jaxllm.models.common import Row, rows_of, within
+from jaxllm.rules import Rule, Unused, applicable
 
 
 def _attention(theirs: str, ours: str) -> tuple[Row, ...]:

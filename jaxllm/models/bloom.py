@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GQA, MLP, Alibi, Block, Embedding, LayerNorm, LMHead, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, read_fields
 from jaxllm.models.gpt_like import (
     feed_forward,
@@ -18,6 +17,7 @@ from jaxllm.models.gpt_like import (
     published,
     written,
 )
+from jaxllm.rules import Rule
 
 
 def bloom_560m() -> Transformer:
@@ -31,6 +31,7 @@ def bloom_560m() -> Transformer:
 MODEL_TYPE = "bloom"
 ARCHITECTURES = ("BloomForCausalLM",)
 PREFIX = "transformer."
+PRESETS = (bloom_560m,)
 
 TRAINING = "attention_softmax_in_fp32 masked_softmax_fusion bias_dropout_fusion skip_bias_add skip_bias_add_qkv"
 FIELDS = Fields(

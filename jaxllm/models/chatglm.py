@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, LayerNorm, LMHead, RMSNorm, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models.common import Config, Fields, Row, plain_layer, read_fields, rope_of, table
+from jaxllm.rules import Rule, Unused
 
 
 def chatglm3_6b() -> Transformer:
@@ -26,6 +26,7 @@ def chatglm3_6b() -> Transformer:
 MODEL_TYPE = "chatglm"
 ARCHITECTURES = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
 PREFIX = "transformer."
+PRESETS = (chatglm3_6b,)
 HALF = Rope(10_000.0, 0.5, interleaved=True)
 
 NEUTRAL = (  # the reference goes by padded_vocab_size; the others are precision, fusion, dropout

@@ -6,7 +6,6 @@ from typing import Any
 
 from jaxllm.architectures import model_params
 from jaxllm.config import Embedding, LayerNorm, Learned, Transformer, TwoTower
-from jaxllm.convert.rules import Rule, Tensor, Unused, applicable
 from jaxllm.models import common
 from jaxllm.models.clip_like import (
     BLOCK,
@@ -21,6 +20,7 @@ from jaxllm.models.clip_like import (
     vision_to,
 )
 from jaxllm.models.common import Config, Fields, Row
+from jaxllm.rules import Rule, Tensor, Unused, applicable
 
 MODEL_TYPE = "clip"
 ARCHITECTURES = ("CLIPModel",)
@@ -59,6 +59,9 @@ JOINT: tuple[Rule, ...] = (
 def clip_vit_b32() -> TwoTower:
     """151,277,313 parameters."""
     return from_hf({"model_type": "clip"})
+
+
+PRESETS = (clip_vit_b32,)
 
 
 def from_hf(config: Config) -> TwoTower:

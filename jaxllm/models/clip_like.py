@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxllm.config import GQA, MLP, Block, LayerNorm, Patches, Vision
-from jaxllm.convert.rules import Rule, Unused, applicable
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields, Layered, Row
+from jaxllm.rules import Rule, Unused, applicable
 from jaxllm.vision import vision_params
 
 IGNORED = frozenset({"initializer_factor", "projection_dim", "dropout", "tf_legacy_loss", "tie_word_embeddings"})

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, Full, LayerNorm, LMHead, Pattern, QKNorm, RMSNorm, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields, Row
 from jaxllm.models.llama_like import SHAPE, config_of, names_with, spec_from
 from jaxllm.models.sparse_like import QK_NORMS
 from jaxllm.nn.head import lm_head
+from jaxllm.rules import Rule
 
 
 def command_r() -> Transformer:
@@ -27,6 +27,7 @@ def command_r() -> Transformer:
 MODEL_TYPE = "cohere"
 ARCHITECTURES = ("CohereForCausalLM",)
 PREFIX = "model."
+PRESETS = (command_r,)
 
 COHERE = {
     "vocab_size": 256_000,

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, Full, LayerNorm, LMHead, Local, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models import common
 from jaxllm.models.cohere import COHERE, NORM, config_with, spec_with
 from jaxllm.models.common import Config, Fields
 from jaxllm.models.llama_like import SHAPE, names_with
+from jaxllm.rules import Rule
 
 
 def command_r7b() -> Transformer:
@@ -27,6 +27,7 @@ def command_r7b() -> Transformer:
 MODEL_TYPE = "cohere2"
 ARCHITECTURES = ("Cohere2ForCausalLM",)
 PREFIX = "model."
+PRESETS = (command_r7b,)
 
 FIELDS = Fields(
     read=SHAPE | COHERE | {"sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None},

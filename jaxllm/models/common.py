@@ -1,13 +1,4 @@
-"""What family files share: reading config fields strictly, rotary settings, stacks from layers, expanding name tables.
-
-A family is a module with
-
-    MODEL_TYPE, ARCHITECTURES   what config.json calls it
-    PREFIX                      leading part of tensor names that base-model checkpoints lack
-    from_hf(config) -> spec     every field which changes the math, or a ValueError that names the field
-    to_hf(spec) -> config       the inverse, in today's style (`rope_parameters`); ValueError for a foreign spec
-    names(spec) -> table        of `jaxllm.convert.rules`
-"""
+"""What family files share: reading config fields strictly, stacks from layers, name tables over all layers."""
 
 from __future__ import annotations
 
@@ -32,7 +23,7 @@ from jaxllm.config import (
     Transformer,
     Vision,
 )
-from jaxllm.convert.rules import Alias, Rule, Tensor, Unused, applicable
+from jaxllm.rules import Alias, Rule, Tensor, Unused, applicable
 
 Config = Mapping[str, Any]
 Layered = Transformer | Vision | QFormer
@@ -181,9 +172,11 @@ def stacks_of(blocks: Sequence[Block]) -> tuple[Stack, ...]:
 
 
 def layers_of(spec: Layered) -> list[Block]:
-    """Every layer in order. Raises ValueError for a model of several parts, whose layers are not of one order."""
+    """Every layer in order. Raises ValueError for a model of several parts, and for layers that are not independent."""
     if not isinstance(spec, Layered):
         raise ValueError(f"layers_of: a {type(spec).__name__} has no layers of its own; look at its parts")
+    if any(stack.shared is not None for stack in spec.stacks):
+        raise ValueError(f"{spec}: layers share keys and values; keep it in jaxllm's own format, no other has this")
     return [block for stack in spec.stacks for _ in range(stack.repeats) for block in stack.pattern]
 
 

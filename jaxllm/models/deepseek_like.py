@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, MLA, Block, LMHead, MoE, RMSNorm, Rope, Router, Transformer, Yarn
-from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models.common import Config, Row, activation_from, activation_to, foreign, layers_of, stacks_of
 from jaxllm.models.llama_like import NORMS, names_with
 from jaxllm.models.rope import mscale, rope_from, rope_to
 from jaxllm.models.sparse_like import EXPERTS, TRAINING, mixture_of, shared
 from jaxllm.nn.attention import scale_of
+from jaxllm.rules import Rule, Unused
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 102_400,

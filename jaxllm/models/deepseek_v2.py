@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, Rope, Router, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, read_fields
 from jaxllm.models.deepseek_like import IGNORED, NULLABLE, SHAPE, config_of, names_of, spec_from
 from jaxllm.models.sparse_like import mixture_of, one_name
+from jaxllm.rules import Rule
 
 YARN = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
 
@@ -27,6 +27,7 @@ def deepseek_v2_lite() -> Transformer:
 MODEL_TYPE = "deepseek_v2"
 ARCHITECTURES = ("DeepseekV2ForCausalLM",)
 PREFIX = "model."
+PRESETS = (deepseek_v2_lite,)
 
 FIELDS = Fields(
     read=SHAPE | {"mlp_bias": False, "topk_method": "greedy"},

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import MLA, Rope, Router, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, layers_of, read_fields
 from jaxllm.models.deepseek_like import IGNORED, NULLABLE, SHAPE, config_of, names_of, spec_from
 from jaxllm.models.deepseek_v2 import YARN
 from jaxllm.models.sparse_like import mixture_of, one_name
+from jaxllm.rules import Rule
 
 
 def deepseek_v3() -> Transformer:
@@ -24,6 +24,7 @@ def deepseek_v3() -> Transformer:
 MODEL_TYPE = "deepseek_v3"
 ARCHITECTURES = ("DeepseekV3ForCausalLM",)
 PREFIX = "model."
+PRESETS = (deepseek_v3,)
 
 OWN = {
     "vocab_size": 129_280,

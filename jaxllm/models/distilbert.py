@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import Embedding, LayerNorm, Learned, Transform, Transformer, decoder
-from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models import bert_like as like
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields, Row
+from jaxllm.rules import Rule, Unused
 
 
 def distilbert_base() -> Transformer:
@@ -30,6 +30,7 @@ ARCHITECTURES = tuple(
     )
 )  # fmt: skip
 PREFIX = "distilbert."
+PRESETS = (distilbert_base,)
 NAMES = {
     "vocab_size": "vocab_size",
     "dim": "hidden_size",

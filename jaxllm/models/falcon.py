@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from jaxllm.config import GQA, MLP, Alibi, Block, LayerNorm, LMHead, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, activation_from, activation_to, foreign, layers_of, read_fields
 from jaxllm.models.gpt_like import (
     feed_forward,
@@ -24,6 +23,7 @@ from jaxllm.models.gpt_like import (
     written,
 )
 from jaxllm.models.rope import rope_from, rope_to
+from jaxllm.rules import Rule
 
 
 def falcon_7b() -> Transformer:
@@ -43,6 +43,7 @@ def falcon_rw_1b() -> Transformer:
 MODEL_TYPE = "falcon"
 ARCHITECTURES = ("FalconForCausalLM",)
 PREFIX = "transformer."
+PRESETS = (falcon_7b, falcon_rw_1b)
 
 SHAPE = {
     "vocab_size": 65_024,

@@ -1,162 +1,74 @@
-"""Every family that can be read and written, by the `model_type` of its config.json."""
+"""Every family that can be read and written, by the `model_type` of its config.json: found, not listed.
+
+A family is a file of this package that defines what `Family` describes. Nothing else needs to know of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
-from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import MISSING, dataclass, fields, replace
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any
 
+from jaxllm import models
 from jaxllm.architectures import Spec, model_params
 from jaxllm.config import EncoderDecoder, Transformer
-from jaxllm.convert.rules import Rule, wanted
-from jaxllm.models import (
-    baichuan,
-    bart,
-    bert,
-    big_bird,
-    blip2,
-    bloom,
-    chatglm,
-    clip,
-    cohere,
-    cohere2,
-    deepseek_v2,
-    deepseek_v3,
-    distilbert,
-    falcon,
-    gemma,
-    gemma2,
-    gemma3,
-    glm,
-    glm4,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    gptj,
-    granite,
-    llama,
-    llava,
-    longformer,
-    mistral,
-    mixtral,
-    mpt,
-    mt5,
-    olmo,
-    olmo2,
-    olmoe,
-    opt,
-    phi,
-    phi3,
-    qwen2,
-    qwen2_5_vl,
-    qwen2_moe,
-    qwen2_vl,
-    qwen3,
-    qwen3_moe,
-    qwen_vl,
-    roberta,
-    smollm3,
-    stablelm,
-    starcoder2,
-    t5,
-)
 from jaxllm.models.common import layers_of, stacks_of
 from jaxllm.models.rope import modern
+from jaxllm.rules import Rule, wanted
 
 
-@runtime_checkable
-class Family(Protocol):
-    """What a family's module offers; see `jaxllm.models.common`."""
+@dataclass(frozen=True)
+class Family:
+    """What a family's file defines, under these names; those with a value here may be left out.
 
-    @property
-    def MODEL_TYPE(self) -> str:
-        """config.json's `model_type`."""
-        ...
+    MODEL_TYPE: config.json's `model_type`.
+    ARCHITECTURES: those of config.json's `architectures` that are read; the first is written.
+    PREFIX: what tensor names begin with, unless they were saved without the head.
+    from_hf: the spec of a config in today's style: every field that changes the math, or a ValueError that names it.
+    to_hf: the inverse; ValueError for a spec that this config.json cannot express.
+    names: the name table of a spec.
+    PRESETS: functions that give the specs of published models, by whose names they are known.
+    SPEC: the kind of spec.
+    RENAMED: (theirs, ours) for prefixes of tensor names that some files have instead of the table's.
+    PREFERRED: of several families that express a spec, and none of its name, the one to write.
+    settle: the spec of a checkpoint with tensors of these names (without PREFIX), where config.json leaves it open.
+    """
 
-    @property
-    def ARCHITECTURES(self) -> tuple[str, ...]:
-        """Those of config.json's `architectures` that are read; the first is written."""
-        ...
-
-    @property
-    def PREFIX(self) -> str:
-        """What tensor names begin with, unless they were saved without the head."""
-        ...
-
-    def from_hf(self, config: Mapping[str, Any]) -> Any:
-        """The spec of a config in today's style."""
-        ...
-
-    def to_hf(self, spec: Any) -> dict[str, Any]:
-        """The config of a spec."""
-        ...
-
-    def names(self, spec: Any) -> list[Rule]:
-        """The name table."""
-        ...
+    MODEL_TYPE: str
+    ARCHITECTURES: tuple[str, ...]
+    PREFIX: str
+    from_hf: Callable[[Mapping[str, Any]], Any]
+    to_hf: Callable[[Any], dict[str, Any]]
+    names: Callable[[Any], list[Rule]]
+    PRESETS: tuple[Callable[[], Spec], ...] = ()
+    SPEC: type = Transformer
+    RENAMED: tuple[tuple[str, str], ...] = ()
+    PREFERRED: bool = False
+    settle: Callable[[Any, Set[str]], Any] = lambda spec, names: spec
 
 
-@runtime_checkable
-class Settling(Family, Protocol):
-    """A family whose config.json leaves something open that the names of a checkpoint's tensors tell."""
-
-    def settle(self, spec: Any, names: Set[str]) -> Any:
-        """The spec of a checkpoint with these tensors (their names without PREFIX)."""
-        ...
+def modules() -> list[ModuleType]:
+    """The files of this package, but for the two that ask, imported: PREFERRED families first, then by name."""
+    found = sorted({m.name for m in iter_modules(models.__path__)} - {"families", "presets"})
+    imported = [import_module(f"{models.__name__}.{name}") for name in found]
+    return sorted(imported, key=lambda module: not getattr(module, "PREFERRED", False))
 
 
-_MODULES: tuple[Family, ...] = (
-    llama,
-    mistral,
-    qwen2,
-    gpt2,
-    gemma2,
-    qwen3,
-    qwen3_moe,
-    qwen2_moe,
-    mixtral,
-    olmo,
-    olmo2,
-    olmoe,
-    gemma,
-    gemma3,
-    cohere,
-    cohere2,
-    glm,
-    glm4,
-    granite,
-    smollm3,
-    baichuan,
-    chatglm,
-    bert,
-    roberta,
-    distilbert,
-    big_bird,
-    longformer,
-    deepseek_v2,
-    deepseek_v3,
-    gpt_oss,
-    clip,
-    gpt_neox,
-    phi3,
-    falcon,
-    bloom,
-    gptj,
-    phi,
-    stablelm,
-    starcoder2,
-    mpt,
-    opt,
-    qwen2_vl,
-    qwen2_5_vl,
-    t5,
-    mt5,
-    bart,
-    llava,
-    blip2,
-    qwen_vl,
-)
-FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _MODULES}
+def family_of_module(module: ModuleType) -> Family:
+    """The family that a file defines. Raises ValueError when it lacks something."""
+    given = {f.name: getattr(module, f.name) for f in fields(Family) if hasattr(module, f.name)}
+    missing = [f.name for f in fields(Family) if f.default is MISSING and f.name not in given]
+    if missing:
+        raise ValueError(f"{module.__file__}: a family's file must define {missing} too; see jaxllm.models.families")
+    return Family(**given)
+
+
+FAMILIES: dict[str, Family] = {
+    family.MODEL_TYPE: family for family in (family_of_module(m) for m in modules() if hasattr(m, "MODEL_TYPE"))
+}
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:
@@ -182,16 +94,14 @@ def spec_of_config(config: Mapping[str, Any]) -> Any:
 
 
 def renamed(family: Family, name: str) -> str:
-    """A tensor's name as the family's table has it: its `RENAMED` lists other prefixes that files may have."""
-    for theirs, ours in getattr(family, "RENAMED", ()):
+    """A tensor's name as the family's table has it."""
+    for theirs, ours in family.RENAMED:
         name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
     return name
 
 
 def settled(family: Family, spec: Any, names: Iterable[str]) -> Any:
     """The spec of a checkpoint that holds tensors of these names."""
-    if not isinstance(family, Settling):
-        return spec
     return family.settle(spec, {name.removeprefix(family.PREFIX) for name in names})
 
 
@@ -211,14 +121,14 @@ def family_of_spec(spec: Spec) -> tuple[Family, dict[str, Any]]:
 
 def expressed(family: Family, spec: Spec) -> dict[str, Any] | None:
     """The family's config of `spec`, None when there is none that reads back as it."""
-    if not isinstance(spec, getattr(family, "SPEC", Transformer)):
+    if not isinstance(spec, family.SPEC):
         return None
     try:
         config = family.to_hf(spec)
         back = settled(family, family.from_hf(config), wanted(family.names(spec), model_params(spec)))
+        return config if _canonical(back) == _canonical(spec) else None
     except ValueError:
         return None
-    return config if _canonical(back) == _canonical(spec) else None
 
 
 def _canonical(spec: Any) -> Any:

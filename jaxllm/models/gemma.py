@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, Embedding, Full, LMHead, RMSNorm, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, activation_from, plain_layer, read_fields, with_blocks
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
+from jaxllm.rules import Rule
 
 
 def gemma_2b() -> Transformer:
@@ -24,6 +24,7 @@ def gemma_2b() -> Transformer:
 MODEL_TYPE = "gemma"
 ARCHITECTURES = ("GemmaForCausalLM",)
 PREFIX = "model."
+PRESETS = (gemma_2b,)
 
 GEMMA = {
     "vocab_size": 256_000,

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, Embedding, Full, LMHead, Local, RMSNorm, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields, Row
 from jaxllm.models.llama_like import SHAPE, config_of, names_with
 from jaxllm.models.rope import rope_from
 from jaxllm.nn.attention import scale_of
 from jaxllm.nn.head import lm_head
+from jaxllm.rules import Rule
 
 
 def gemma2_2b() -> Transformer:
@@ -38,6 +38,7 @@ def gemma2_2b() -> Transformer:
 MODEL_TYPE = "gemma2"
 ARCHITECTURES = ("Gemma2ForCausalLM",)
 PREFIX = "model."
+PRESETS = (gemma2_2b,)
 
 GEMMA2 = {
     "vocab_size": 256_000,

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, Embedding, Full, LMHead, Local, QKNorm, RMSNorm, Rope, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields
 from jaxllm.models.gemma2 import NORMS
@@ -16,6 +15,7 @@ from jaxllm.models.rope import rope_from, rope_to
 from jaxllm.models.sparse_like import QK_NORMS
 from jaxllm.nn.attention import scale_of
 from jaxllm.nn.head import lm_head
+from jaxllm.rules import Rule
 
 
 def gemma3_1b() -> Transformer:
@@ -34,6 +34,7 @@ def gemma3_1b() -> Transformer:
 MODEL_TYPE = "gemma3_text"
 ARCHITECTURES = ("Gemma3ForCausalLM",)
 PREFIX = "model."
+PRESETS = (gemma3_1b,)
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 GEMMA3 = {

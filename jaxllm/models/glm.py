@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, Full, LMHead, RMSNorm, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, plain_layer, read_fields, rope_of
 from jaxllm.models.llama_like import FUSED_GATED, NORMS, SHAPE, config_of, names_with, spec_from
+from jaxllm.rules import Rule
 
 
 def glm4_9b() -> Transformer:
@@ -22,6 +22,8 @@ def glm4_9b() -> Transformer:
 MODEL_TYPE = "glm"
 ARCHITECTURES = ("GlmForCausalLM",)
 PREFIX = "model."
+PRESETS = (glm4_9b,)
+PREFERRED = True
 
 GLM = {
     "vocab_size": 151_552,

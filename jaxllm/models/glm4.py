@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import RMSNorm, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models import glm
 from jaxllm.models.common import Config, Row, with_blocks
 from jaxllm.models.llama_like import FUSED_GATED, names_with
+from jaxllm.rules import Rule
 
 
 def glm4_9b_0414() -> Transformer:
@@ -29,6 +29,7 @@ def glm4_9b_0414() -> Transformer:
 MODEL_TYPE = "glm4"
 ARCHITECTURES = ("Glm4ForCausalLM",)
 PREFIX = "model."
+PRESETS = (glm4_9b_0414,)
 
 NORMS: tuple[Row, ...] = (
     ("input_layernorm.weight", "attn_norm/scale", None),

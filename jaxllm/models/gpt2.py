@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GQA, MLP, Block, Embedding, LayerNorm, Learned, LMHead, Transformer, decoder
-from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields, Row
+from jaxllm.rules import Rule, Unused
 
 
 def gpt2(name: str, layers: int, dim: int, heads: int, vocab: int = 50_257, context: int = 1024) -> Transformer:
@@ -43,6 +43,7 @@ def gpt2_xl() -> Transformer:
 MODEL_TYPE = "gpt2"
 ARCHITECTURES = ("GPT2LMHeadModel",)
 PREFIX = "transformer."
+PRESETS = (gpt2_small, gpt2_medium, gpt2_large, gpt2_xl)
 
 SUMMARY = {f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")}
 FIELDS = Fields(

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from jaxllm.config import GLU, GQA, MLP, Block, LayerNorm, Transformer
-from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models.common import Config, Row, foreign, layers_of, table
 from jaxllm.models.rope import modern
+from jaxllm.rules import Rule, Unused
 
 Rows = tuple[Row, ...]
 F = TypeVar("F", MLP, GLU)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GQA, MLP, Block, LayerNorm, LMHead, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, activation_from, activation_to, read_fields, rope_of
 from jaxllm.models.gpt_like import (
     feed_forward,
@@ -19,6 +18,7 @@ from jaxllm.models.gpt_like import (
     written,
 )
 from jaxllm.models.rope import rope_from, rope_to
+from jaxllm.rules import Rule
 
 
 def pythia_160m() -> Transformer:
@@ -32,6 +32,7 @@ def pythia_160m() -> Transformer:
 MODEL_TYPE = "gpt_neox"
 ARCHITECTURES = ("GPTNeoXForCausalLM",)
 PREFIX = "gpt_neox."
+PRESETS = (pythia_160m,)
 
 FIELDS = Fields(
     read={

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, Full, Local, MoE, Rope, Router, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, Row, layer_patterns, layers_of, read_fields, window_fields, with_blocks
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
 from jaxllm.models.rope import ORIGINAL
 from jaxllm.models.sparse_like import TRAINING, attention_of, dense, mixture_of, one_name, sparse
+from jaxllm.rules import Rule
 
 
 def gpt_oss_20b() -> Transformer:
@@ -24,6 +24,7 @@ def gpt_oss_20b() -> Transformer:
 MODEL_TYPE = "gpt_oss"
 ARCHITECTURES = ("GptOssForCausalLM",)
 PREFIX = "model."
+PRESETS = (gpt_oss_20b,)
 
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 OWN = {

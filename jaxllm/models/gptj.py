@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GQA, MLP, Block, LayerNorm, LMHead, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, activation_from, activation_to, read_fields, rope_of
 from jaxllm.models.gpt_like import (
     feed_forward,
@@ -18,6 +17,7 @@ from jaxllm.models.gpt_like import (
     published,
     written,
 )
+from jaxllm.rules import Rule
 
 
 def gptj_6b() -> Transformer:
@@ -30,6 +30,7 @@ def gptj_6b() -> Transformer:
 MODEL_TYPE = "gptj"
 ARCHITECTURES = ("GPTJForCausalLM",)
 PREFIX = "transformer."
+PRESETS = (gptj_6b,)
 
 SUMMARY = {f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")}
 FIELDS = Fields(

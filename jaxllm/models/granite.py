@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Block, Embedding, Full, LMHead, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, layers_of, plain_layer, read_fields, with_blocks
 from jaxllm.models.llama import llama
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
 from jaxllm.nn.attention import scale_of
 from jaxllm.nn.head import lm_head
+from jaxllm.rules import Rule
 
 
 def granite3_2b() -> Transformer:
@@ -35,6 +35,7 @@ def multiplied(spec: Transformer, by: dict[str, float], divisor: float) -> Trans
 MODEL_TYPE = "granite"
 ARCHITECTURES = ("GraniteForCausalLM",)
 PREFIX = "model."
+PRESETS = (granite3_2b,)
 
 MULTIPLIERS = ("embedding", "attention", "residual")
 SCALES = {f"{name}_multiplier": 1.0 for name in MULTIPLIERS} | {"logits_scaling": 1.0}

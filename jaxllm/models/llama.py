@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, Full, Llama3, LMHead, Pattern, RMSNorm, Rope, Scaling, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, plain_layer, read_fields
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
+from jaxllm.rules import Rule
 
 
 def llama(
@@ -72,18 +72,13 @@ def yi_6b() -> Transformer:
     return llama("yi_6b", (32, 4096, 32, 4, 128, 64_000, 11_008), theta=5e6)
 
 
-def qwen2_05b() -> Transformer:
-    """494,032,768 parameters, tied, with q/k/v biases (Yang et al. 2024)."""
-    return llama(
-        "qwen2_05b", (24, 896, 14, 2, 64, 151_936, 4864), theta=1e6, eps=1e-6, context=32_768, tied=True, qkv_bias=True
-    )
-
-
 # ------------------------------------------------------------------------------------------------- published format
 
 MODEL_TYPE = "llama"
 ARCHITECTURES = ("LlamaForCausalLM",)
 PREFIX = "model."
+PRESETS = (llama2_7b, llama3_8b, llama31_8b, llama3_70b, llama32_1b, smollm2_135m, yi_6b)
+PREFERRED = True
 
 FIELDS = Fields(
     read=SHAPE | {"attention_bias": False, "mlp_bias": False},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, LMHead, Pattern, RMSNorm, Rope, Transformer
-from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models.common import (
     Config,
     Row,
@@ -18,6 +17,7 @@ from jaxllm.models.common import (
     table,
 )
 from jaxllm.models.rope import rope_from, rope_to
+from jaxllm.rules import Rule, Unused
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32_000,

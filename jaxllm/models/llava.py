@@ -8,10 +8,10 @@ from typing import Any
 
 from jaxllm.architectures import model_params
 from jaxllm.config import Projector, Transformer, Vision, VisionLanguage
-from jaxllm.convert.rules import Rule, applicable
 from jaxllm.models import clip_like, common, llama, mistral, qwen2
 from jaxllm.models.common import Config, Fields, Row, activation_from, activation_to, foreign, layers_of, stacks_of
 from jaxllm.models.rope import modern
+from jaxllm.rules import Rule, applicable
 
 MODEL_TYPE = "llava"
 ARCHITECTURES = ("LlavaForConditionalGeneration",)
@@ -53,6 +53,9 @@ def llava15_7b() -> VisionLanguage:
     """7,063,427,072 parameters."""
     text = {"model_type": "llama", "vocab_size": 32_064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     return from_hf({"model_type": MODEL_TYPE, "text_config": text})
+
+
+PRESETS = (llava15_7b,)
 
 
 def from_hf(config: Config) -> VisionLanguage:

@@ -6,10 +6,10 @@ from collections.abc import Set
 from typing import Any
 
 from jaxllm.config import Embedding, LayerNorm, Longformer, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models import bert_like as like
 from jaxllm.models import common, roberta
 from jaxllm.models.common import Config, Fields, Row
+from jaxllm.rules import Rule
 
 
 def longformer(name: str, layers: int, dim: int, heads: int) -> Transformer:
@@ -35,6 +35,7 @@ def longformer_large() -> Transformer:
 MODEL_TYPE = "longformer"
 ARCHITECTURES = tuple(f"Longformer{suffix}" for suffix in roberta.SUFFIXES if suffix != "ForCausalLM")
 PREFIX = "longformer."
+PRESETS = (longformer_base, longformer_large)
 SHAPE = {name: value for name, value in like.SHAPE.items() if name != "is_decoder"}
 FIELDS = Fields(
     read=SHAPE | {"attention_window": None},

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, Full, Local, Pattern, RMSNorm, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, layers_of, read_fields
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
+from jaxllm.rules import Rule
 
 
 def mistral_7b() -> Transformer:
@@ -22,6 +22,7 @@ def mistral_7b() -> Transformer:
 MODEL_TYPE = "mistral"
 ARCHITECTURES = ("MistralForCausalLM",)
 PREFIX = "model."
+PRESETS = (mistral_7b,)
 
 FIELDS = Fields(
     read=SHAPE

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, MoE, Rope, Router, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models import mistral
 from jaxllm.models.common import Config, Fields, Row, read_fields
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
 from jaxllm.models.sparse_like import TRAINING, dense, mixture_of, one_name, sparse
+from jaxllm.rules import Rule
 
 
 def mixtral_8x7b() -> Transformer:
@@ -23,6 +23,7 @@ def mixtral_8x7b() -> Transformer:
 MODEL_TYPE = "mixtral"
 ARCHITECTURES = ("MixtralForCausalLM",)
 PREFIX = "model."
+PRESETS = (mixtral_8x7b,)
 
 OWN = {"intermediate_size": 14_336, "num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5}
 FIELDS = Fields(

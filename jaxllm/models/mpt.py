@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GQA, MLP, Alibi, Block, LayerNorm, LMHead, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, read_fields
 from jaxllm.models.gpt_like import (
     feed_forward,
@@ -23,6 +22,7 @@ from jaxllm.models.gpt_like import (
     published,
     written,
 )
+from jaxllm.rules import Rule
 
 
 def mpt_7b() -> Transformer:
@@ -36,6 +36,7 @@ def mpt_7b() -> Transformer:
 MODEL_TYPE = "mpt"
 ARCHITECTURES = ("MptForCausalLM", "MPTForCausalLM")
 PREFIX = "transformer."
+PRESETS = (mpt_7b,)
 
 UNREAD = {"expansion_ratio", "learned_pos_emb", "embedding_fraction"}  # the second is for models without ALiBi
 FIELDS = Fields(

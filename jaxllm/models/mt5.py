@@ -22,6 +22,7 @@ MODEL_TYPE = "mt5"
 SPEC = EncoderDecoder
 ARCHITECTURES = ("MT5ForConditionalGeneration", "MT5Model")
 PREFIX = ""
+PRESETS = (mt5_small,)
 OWN = {"vocab_size": 250_112, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"}
 FIELDS = Fields(
     read=like.READ | OWN | {"tie_word_embeddings": True},

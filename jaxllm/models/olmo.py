@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Full, LayerNorm, RMSNorm, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, read_fields, with_blocks
 from jaxllm.models.llama_like import SHAPE, config_of, names_with, spec_from
 from jaxllm.models.sparse_like import attention_of
+from jaxllm.rules import Rule
 
 EPS = 1e-5
 NORM = LayerNorm(EPS, bias=False, scale=False)
@@ -26,6 +26,7 @@ def olmo_1b() -> Transformer:
 MODEL_TYPE = "olmo"
 ARCHITECTURES = ("OlmoForCausalLM",)
 PREFIX = "model."
+PRESETS = (olmo_1b,)
 
 OWN = {"vocab_size": 50_304, "attention_bias": False, "clip_qkv": None}
 FIELDS = Fields(read={name: value for name, value in (SHAPE | OWN).items() if name != "rms_norm_eps"})

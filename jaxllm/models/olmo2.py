@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Full, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, Row, read_fields, with_blocks
 from jaxllm.models.llama_like import SHAPE, config_of, names_with, spec_from
 from jaxllm.models.sparse_like import QK_NORMS_ALL, attention_of, normalised
+from jaxllm.rules import Rule
 
 
 def olmo2_7b() -> Transformer:
@@ -24,6 +24,7 @@ def olmo2_7b() -> Transformer:
 MODEL_TYPE = "olmo2"
 ARCHITECTURES = ("Olmo2ForCausalLM",)
 PREFIX = "model."
+PRESETS = (olmo2_7b,)
 
 FIELDS = Fields(read=SHAPE | {"vocab_size": 50_304, "rms_norm_eps": 1e-5, "attention_bias": False})
 NORMS: tuple[Row, ...] = (

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import GLU, Full, MoE, Router, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, read_fields, with_blocks
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
 from jaxllm.models.sparse_like import (
@@ -20,6 +19,7 @@ from jaxllm.models.sparse_like import (
     one_name,
     sparse,
 )
+from jaxllm.rules import Rule
 
 
 def olmoe_1b_7b() -> Transformer:
@@ -32,6 +32,7 @@ def olmoe_1b_7b() -> Transformer:
 MODEL_TYPE = "olmoe"
 ARCHITECTURES = ("OlmoeForCausalLM",)
 PREFIX = "model."
+PRESETS = (olmoe_1b_7b,)
 
 OWN = {
     "vocab_size": 50_304,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GQA, MLP, Block, Embedding, LayerNorm, Learned, LMHead, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, activation_from, activation_to, read_fields
 from jaxllm.models.gpt_like import (
     feed_forward,
@@ -17,6 +16,7 @@ from jaxllm.models.gpt_like import (
     published,
     written,
 )
+from jaxllm.rules import Rule
 
 OFFSET = 2  # rows of the position table that no position reads
 
@@ -38,6 +38,7 @@ def opt_350m() -> Transformer:
 MODEL_TYPE = "opt"
 ARCHITECTURES = ("OPTForCausalLM",)
 PREFIX = "model."
+PRESETS = (opt_125m, opt_350m)
 
 FIELDS = Fields(
     read={

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GQA, MLP, Block, LayerNorm, LMHead, QKNorm, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, activation_from, activation_to, read_fields, rope_of
 from jaxllm.models.gpt_like import (
     feed_forward,
@@ -19,6 +18,7 @@ from jaxllm.models.gpt_like import (
     written,
 )
 from jaxllm.models.rope import rope_from, rope_to
+from jaxllm.rules import Rule
 
 
 def phi2() -> Transformer:
@@ -32,6 +32,7 @@ def phi2() -> Transformer:
 MODEL_TYPE = "phi"
 ARCHITECTURES = ("PhiForCausalLM",)
 PREFIX = "model."
+PRESETS = (phi2,)
 
 FIELDS = Fields(
     read={

@@ -9,11 +9,11 @@ import math
 from typing import Any
 
 from jaxllm.config import Full, Local, LongRope, Pattern, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, layers_of, plain_layer, read_fields, rope_of
 from jaxllm.models.gpt_like import joined, names_with, published
 from jaxllm.models.llama_like import FUSED_GATED, NORMS, SHAPE, TOP, config_of, spec_from
 from jaxllm.models.rope import ORIGINAL, rope_to
+from jaxllm.rules import Rule
 
 
 def phi3_mini() -> Transformer:
@@ -26,6 +26,7 @@ def phi3_mini() -> Transformer:
 MODEL_TYPE = "phi3"
 ARCHITECTURES = ("Phi3ForCausalLM",)
 PREFIX = "model."
+PRESETS = (phi3_mini,)
 
 PHI3 = {
     "vocab_size": 32_064,

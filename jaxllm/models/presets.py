@@ -1,12 +1,11 @@
-"""Published models by name, and toy sizes of them that keep every option."""
+"""Published models by name, as the family files list them, and toy sizes of them that keep every option."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import assert_never
+from typing import Any, assert_never
 
-from jaxllm.architectures import Spec
 from jaxllm.config import (
     FFN,
     GLU,
@@ -29,152 +28,16 @@ from jaxllm.config import (
     Pattern,
     Rope,
     Scaling,
-    Stack,
     Transformer,
-    TwoTower,
-    VisionLanguage,
     Yarn,
 )
-from jaxllm.models import (
-    baichuan,
-    bart,
-    bert,
-    big_bird,
-    blip2,
-    bloom,
-    chatglm,
-    clip,
-    cohere,
-    cohere2,
-    deepseek_v2,
-    deepseek_v3,
-    distilbert,
-    falcon,
-    gemma,
-    gemma2,
-    gemma3,
-    glm,
-    glm4,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    gptj,
-    granite,
-    llama,
-    llava,
-    longformer,
-    mistral,
-    mixtral,
-    mpt,
-    mt5,
-    olmo,
-    olmo2,
-    olmoe,
-    opt,
-    phi,
-    phi3,
-    qwen2_5_vl,
-    qwen2_moe,
-    qwen2_vl,
-    qwen3,
-    qwen3_moe,
-    qwen_vl,
-    roberta,
-    smollm3,
-    stablelm,
-    starcoder2,
-    t5,
-)
+from jaxllm.models.families import modules
 
-PRESETS: dict[str, Callable[[], Transformer]] = {
-    f.__name__: f
-    for f in (
-        llama.llama2_7b,
-        llama.llama3_8b,
-        llama.llama31_8b,
-        llama.llama3_70b,
-        llama.llama32_1b,
-        llama.smollm2_135m,
-        llama.qwen2_05b,
-        mistral.mistral_7b,
-        gpt2.gpt2_small,
-        gpt2.gpt2_medium,
-        gpt2.gpt2_large,
-        gpt2.gpt2_xl,
-        gemma2.gemma2_2b,
-        llama.yi_6b,
-        gemma.gemma_2b,
-        gemma3.gemma3_1b,
-        cohere.command_r,
-        cohere2.command_r7b,
-        glm.glm4_9b,
-        glm4.glm4_9b_0414,
-        granite.granite3_2b,
-        smollm3.smollm3_3b,
-        baichuan.baichuan_7b,
-        baichuan.baichuan2_7b,
-        baichuan.baichuan2_13b,
-        chatglm.chatglm3_6b,
-        qwen3.qwen3_06b,
-        qwen3_moe.qwen3_30b_a3b,
-        qwen2_moe.qwen15_moe_a27b,
-        mixtral.mixtral_8x7b,
-        olmo.olmo_1b,
-        olmo2.olmo2_7b,
-        olmoe.olmoe_1b_7b,
-        deepseek_v2.deepseek_v2_lite,
-        deepseek_v3.deepseek_v3,
-        gpt_oss.gpt_oss_20b,
-        gpt_neox.pythia_160m,
-        phi3.phi3_mini,
-        falcon.falcon_7b,
-        falcon.falcon_rw_1b,
-        bloom.bloom_560m,
-        gptj.gptj_6b,
-        phi.phi2,
-        stablelm.stablelm2_16b,
-        starcoder2.starcoder2_3b,
-        mpt.mpt_7b,
-        opt.opt_125m,
-        opt.opt_350m,
-        bert.bert_base,
-        bert.bert_large,
-        bert.bert_base_pretraining,
-        roberta.roberta_base,
-        roberta.roberta_large,
-        distilbert.distilbert_base,
-        big_bird.bigbird_roberta_base,
-        longformer.longformer_base,
-        longformer.longformer_large,
-    )
-}
-
+EVERY: dict[str, Callable[[], Any]] = {make.__name__: make for m in modules() for make in getattr(m, "PRESETS", ())}
+PRESETS: dict[str, Callable[[], Transformer]] = {n: f for n, f in EVERY.items() if isinstance(f(), Transformer)}
 ENCODER_DECODERS: dict[str, Callable[[], EncoderDecoder]] = {
-    f.__name__: f
-    for f in (
-        t5.t5_small,
-        t5.t5_base,
-        t5.t5_v1_1_small,
-        t5.t5_v1_1_base,
-        mt5.mt5_small,
-        bart.bart_base,
-        bart.bart_large,
-    )
+    name: make for name, make in EVERY.items() if isinstance(make(), EncoderDecoder)
 }
-
-SEEING: dict[str, Callable[[], TwoTower | VisionLanguage]] = {
-    f.__name__: f
-    for f in (
-        clip.clip_vit_b32,
-        qwen2_vl.qwen2_vl_2b,
-        qwen2_5_vl.qwen25_vl_3b,
-        llava.llava15_7b,
-        blip2.blip2_opt_27b,
-        qwen_vl.qwen_vl,
-    )
-}
-
-EVERY: dict[str, Callable[[], Spec]] = {**PRESETS, **ENCODER_DECODERS, **SEEING}
 
 
 def toy(spec: Transformer, *, dim: int = 48, vocab: int = 97, window: int = 5, repeats: int = 2) -> Transformer:
@@ -202,7 +65,9 @@ def toy(spec: Transformer, *, dim: int = 48, vocab: int = 97, window: int = 5, r
         attn = attn if isinstance(attn, Longformer) else replace(attn, pattern=shrink(attn.pattern))
         return replace(block, attn=attn, ffn=_small_ffn(block.ffn), cross=cross)
 
-    stacks = tuple(Stack(tuple(map(small, s.pattern)), min(repeats, s.repeats)) for s in spec.stacks)
+    stacks = tuple(
+        replace(s, pattern=tuple(map(small, s.pattern)), repeats=min(repeats, s.repeats)) for s in spec.stacks
+    )
     e = spec.embed
     embed = replace(
         e,

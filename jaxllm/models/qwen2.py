@@ -5,13 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import Full, Local, Pattern, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, layer_patterns, layers_of, read_fields, window_fields
+from jaxllm.models.llama import llama
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
+from jaxllm.rules import Rule
+
+
+def qwen2_05b() -> Transformer:
+    """494,032,768 parameters, tied, with q/k/v biases."""
+    return llama(
+        "qwen2_05b", (24, 896, 14, 2, 64, 151_936, 4864), theta=1e6, eps=1e-6, context=32_768, tied=True, qkv_bias=True
+    )
+
+
+# ------------------------------------------------------------------------------------------------- published format
 
 MODEL_TYPE = "qwen2"
 ARCHITECTURES = ("Qwen2ForCausalLM",)
 PREFIX = "model."
+PRESETS = (qwen2_05b,)
 
 FIELDS = Fields(
     read=SHAPE

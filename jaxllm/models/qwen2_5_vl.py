@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GLU, GQA, Block, Merger, RMSNorm, Vision, VisionLanguage
-from jaxllm.convert.rules import Rule
 from jaxllm.models import common, qwen_vl_like
 from jaxllm.models.common import Config, Fields, Row
 from jaxllm.models.qwen_vl_like import PATCHES, UNREAD, block_with, outer_to, patches_of, spec_of, tower_rope
+from jaxllm.rules import Rule
 
 MODEL_TYPE = "qwen2_5_vl"
 ARCHITECTURES = ("Qwen2_5_VLForConditionalGeneration",)
@@ -46,6 +46,9 @@ def qwen25_vl_3b() -> VisionLanguage:
     tower = {"hidden_size": 1280, "out_hidden_size": 2048, "tokens_per_second": 2}
     text |= {"max_position_embeddings": 128_000}
     return from_hf({"model_type": MODEL_TYPE, "text_config": text, "vision_config": tower})
+
+
+PRESETS = (qwen25_vl_3b,)
 
 
 def from_hf(config: Config) -> VisionLanguage:

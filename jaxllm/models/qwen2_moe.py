@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Full, Local, Pattern, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, layer_patterns, read_fields
 from jaxllm.models.llama_like import NORMS, SHAPE, names_with, spec_from
 from jaxllm.models.qwen2 import windows_to
 from jaxllm.models.qwen_moe_like import READ, renamed, sparse_from, sparse_to
 from jaxllm.models.sparse_like import EXPERTS, TRAINING, attention_of, mixture_of, shared
+from jaxllm.rules import Rule
 
 
 def qwen15_moe_a27b() -> Transformer:
@@ -25,6 +25,7 @@ def qwen15_moe_a27b() -> Transformer:
 MODEL_TYPE = "qwen2_moe"
 ARCHITECTURES = ("Qwen2MoeForCausalLM",)
 PREFIX = "model."
+PRESETS = (qwen15_moe_a27b,)
 
 OWN = {
     "intermediate_size": 5632,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GQA, MLP, Block, LayerNorm, Merger, Vision, VisionLanguage
-from jaxllm.convert.rules import Rule
 from jaxllm.models import common, qwen_vl_like
 from jaxllm.models.common import Config, Fields, Row
 from jaxllm.models.qwen_vl_like import PATCHES, UNREAD, outer_to, patches_of, spec_of, tower_rope
+from jaxllm.rules import Rule
 
 MODEL_TYPE = "qwen2_vl"
 ARCHITECTURES = ("Qwen2VLForConditionalGeneration",)
@@ -33,6 +33,9 @@ def qwen2_vl_2b() -> VisionLanguage:
     text = {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
     text |= {"num_attention_heads": 12, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
     return from_hf({"model_type": MODEL_TYPE, "text_config": text, "vision_config": {"hidden_size": 1536}})
+
+
+PRESETS = (qwen2_vl_2b,)
 
 
 def from_hf(config: Config) -> VisionLanguage:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models import qwen2
 from jaxllm.models.common import Config, Fields, read_fields, with_blocks
 from jaxllm.models.llama_like import NORMS, config_of, names_with, spec_from
 from jaxllm.models.sparse_like import QK_NORMS, attention_of, normalised
+from jaxllm.rules import Rule
 
 
 def qwen3_06b() -> Transformer:
@@ -26,6 +26,7 @@ def qwen3_06b() -> Transformer:
 MODEL_TYPE = "qwen3"
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 PREFIX = "model."
+PRESETS = (qwen3_06b,)
 
 FIELDS = Fields(
     read={**qwen2.FIELDS.read, "head_dim": 128, "attention_bias": False},

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Full, Local, Pattern, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, layers_of, read_fields, window_fields, with_blocks
 from jaxllm.models.llama_like import NORMS, SHAPE, names_with, spec_from
 from jaxllm.models.qwen_moe_like import READ, renamed, sparse_from, sparse_to
 from jaxllm.models.sparse_like import EXPERTS, QK_NORMS, TRAINING, attention_of, normalised
+from jaxllm.rules import Rule
 
 
 def qwen3_30b_a3b() -> Transformer:
@@ -26,6 +26,7 @@ def qwen3_30b_a3b() -> Transformer:
 MODEL_TYPE = "qwen3_moe"
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 PREFIX = "model."
+PRESETS = (qwen3_30b_a3b,)
 
 OWN = {"intermediate_size": 6144, "num_key_value_heads": 4, "attention_bias": False}
 MIXTURE = {"moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128}

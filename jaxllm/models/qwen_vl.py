@@ -28,7 +28,7 @@ from jaxllm.models.common import Config, Fields, foreign, layers_of, plain_layer
 from jaxllm.models.qwen_vl_names import names
 from jaxllm.models.rope import modern, rope_from
 
-__all__ = ["ARCHITECTURES", "MODEL_TYPE", "PREFIX", "SPEC", "from_hf", "names", "qwen_vl", "to_hf"]
+__all__ = ["ARCHITECTURES", "MODEL_TYPE", "PREFIX", "PRESETS", "SPEC", "from_hf", "names", "qwen_vl", "to_hf"]
 MODEL_TYPE = "qwen"
 ARCHITECTURES = ("QWenLMHeadModel",)
 PREFIX = ""
@@ -73,6 +73,9 @@ VISUAL = Fields(
 def qwen_vl() -> VisionLanguage:
     """9,655,886,592 parameters, the resampler's fixed sinusoids not counted."""
     return from_hf({"model_type": MODEL_TYPE, "visual": {}})
+
+
+PRESETS = (qwen_vl,)
 
 
 def from_hf(config: Config) -> VisionLanguage:

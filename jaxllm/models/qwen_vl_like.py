@@ -8,11 +8,11 @@ from typing import Any
 
 from jaxllm.architectures import model_params
 from jaxllm.config import GQA, Block, Merger, Patches, Rope, Transformer, Vision, VisionLanguage
-from jaxllm.convert.rules import Rule, Unused, applicable
 from jaxllm.models import common, qwen2
 from jaxllm.models.common import Config, Fields, Row
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
 from jaxllm.models.rope import modern
+from jaxllm.rules import Rule, Unused, applicable
 
 RENAMED = (("model.visual.", "visual."), ("model.language_model.", "model."))  # newer files' names -> the hub's
 OUTER = Fields(

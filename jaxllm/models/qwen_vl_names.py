@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from jaxllm.architectures import model_params
 from jaxllm.config import GQA, VisionLanguage
-from jaxllm.convert.rules import Rule, Unused, applicable
 from jaxllm.models.common import Row, layers_of, rows_of, table, within
+from jaxllm.rules import Rule, Unused, applicable
 
 
 def _pair(theirs: str, ours: str, layout: str | None = None) -> tuple[Row, Row]:

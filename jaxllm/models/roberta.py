@@ -6,10 +6,10 @@ from collections.abc import Set
 from typing import Any
 
 from jaxllm.config import Embedding, LayerNorm, Learned, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models import bert_like as like
 from jaxllm.models import common
 from jaxllm.models.common import Config, Fields
+from jaxllm.rules import Rule
 
 
 def roberta(name: str, layers: int, dim: int, heads: int) -> Transformer:
@@ -44,6 +44,7 @@ SUFFIXES = (
 MODEL_TYPE = "roberta"
 ARCHITECTURES = tuple(f"Roberta{suffix}" for suffix in SUFFIXES)
 PREFIX = "roberta."
+PRESETS = (roberta_base, roberta_large)
 FIELDS = Fields(read=like.SHAPE | {"vocab_size": 50_265}, only=like.ONLY, ignored=like.DROPOUT)
 
 

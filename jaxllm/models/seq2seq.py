@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from jaxllm.architectures import model_params
 from jaxllm.config import EncoderDecoder
-from jaxllm.convert.rules import Alias, Rule, Tensor, applicable
 from jaxllm.models.common import Config, Row, rows_of, within
+from jaxllm.rules import Alias, Rule, Tensor, applicable
 
 
 def start_from(config: Config, default: int) -> int:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.config import Block, Full, Rope, Transformer
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import (
     Config,
     Fields,
@@ -20,6 +19,7 @@ from jaxllm.models.common import (
 )
 from jaxllm.models.llama import llama
 from jaxllm.models.llama_like import NORMS, SHAPE, config_of, names_with, spec_from
+from jaxllm.rules import Rule
 
 
 def smollm3_3b() -> Transformer:
@@ -43,6 +43,7 @@ def without_rope(spec: Transformer, rotated: list[bool]) -> Transformer:
 MODEL_TYPE = "smollm3"
 ARCHITECTURES = ("SmolLM3ForCausalLM",)
 PREFIX = "model."
+PRESETS = (smollm3_3b,)
 
 SMOLLM3 = {
     "vocab_size": 128_256,

@@ -6,12 +6,12 @@ from typing import Any
 
 from jaxllm.architectures import model_params
 from jaxllm.config import GLU, GQA, Block, LayerNorm, LMHead, QKNorm, Rope, Transformer, decoder
-from jaxllm.convert.rules import Rule, Tensor, applicable
 from jaxllm.models.common import Config, Fields, activation_from, activation_to, places, read_fields, rope_of
 from jaxllm.models.gpt_like import first_layer, head_width, names_with, norm, published, written
 from jaxllm.models.llama_like import ATTENTION, GATED
 from jaxllm.models.llama_like import TOP as LLAMA_TOP
 from jaxllm.models.rope import rope_from, rope_to
+from jaxllm.rules import Rule, Tensor, applicable
 
 
 def stablelm2_16b() -> Transformer:
@@ -25,6 +25,7 @@ def stablelm2_16b() -> Transformer:
 MODEL_TYPE = "stablelm"
 ARCHITECTURES = ("StableLmForCausalLM",)
 PREFIX = "model."
+PRESETS = (stablelm2_16b,)
 
 FIELDS = Fields(
     read={

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import GQA, MLP, Block, Full, LayerNorm, LMHead, Local, Transformer, decoder
-from jaxllm.convert.rules import Rule
 from jaxllm.models.common import Config, Fields, activation_from, activation_to, read_fields, rope_of
 from jaxllm.models.gpt_like import feed_forward, first_layer, head_width, names_with, norm, published, written
 from jaxllm.models.llama_like import ATTENTION
 from jaxllm.models.llama_like import TOP as LLAMA_TOP
 from jaxllm.models.rope import rope_from, rope_to
+from jaxllm.rules import Rule
 
 
 def starcoder2_3b() -> Transformer:
@@ -24,6 +24,7 @@ def starcoder2_3b() -> Transformer:
 MODEL_TYPE = "starcoder2"
 ARCHITECTURES = ("Starcoder2ForCausalLM",)
 PREFIX = "model."
+PRESETS = (starcoder2_3b,)
 
 UNREAD = {"activation_function", "layer_norm_epsilon"}  # published beside hidden_act and norm_epsilon
 FIELDS = Fields(

@@ -20,9 +20,9 @@ from jaxllm.config import (
     Transformer,
     decoder,
 )
-from jaxllm.convert.rules import Rule, Unused
 from jaxllm.models import common, seq2seq
 from jaxllm.models.common import Config, Row
+from jaxllm.rules import Rule, Unused
 
 
 def attention(heads: int, width: int, position: RelativeBias | None) -> GQA:

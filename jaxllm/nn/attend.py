@@ -33,13 +33,17 @@ NewRows = tuple[Float[Array, "B K T H"], Float[Array, "B K T h"]]
 
 
 class Given(NamedTuple):
-    """What all layers of a forward share. key: of dropout, None for none."""
+    """What all layers of a forward share. key: of dropout, None for none.
+
+    shared: keys and values of all layers of a stack, [B, T, K, H]; None: each makes its own.
+    """
 
     inputs: Inputs
     tables: Tables
     runtime: Runtime
     causal: bool
     key: Array | None = None
+    shared: tuple[Array, Array] | None = None
 
 
 class Scoring(NamedTuple):

@@ -105,20 +105,31 @@ def _gqa(
     p: Any, cfg: GQA, x_BTD: Float[Array, "B T D"], given: Given, cached: Cached | None
 ) -> tuple[Float[Array, "B T D"], NewRows]:
     q = linear(p["q"], x_BTD, "BTD,DNH->BTNH")
-    k = linear(p["k"], x_BTD, "BTD,DKH->BTKH")
-    v = linear(p["v"], x_BTD, "BTD,DKH->BTKH")
-    if cfg.qk_norm is not None:
-        q, k = qk_norm(p["q_norm"], cfg.qk_norm, q), qk_norm(p["k_norm"], cfg.qk_norm, k)
-    q, k, v = _clip(cfg, q), _clip(cfg, k), _clip(cfg, v)
-    if isinstance(cfg.position, Rope):
-        table = given.tables.rotations[cfg.position, cfg.head_dim]
-        q, k = rotate(cfg.position, table, q), rotate(cfg.position, table, k)
+    q = q if cfg.qk_norm is None else qk_norm(p["q_norm"], cfg.qk_norm, q)
+    q = _rotated(cfg, _clip(cfg, q), given)
+    k, v = keys_values(p, cfg, x_BTD, given) if given.shared is None else given.shared
     scoring = Scoring(_pattern(cfg, given), scale_of(cfg), cfg.softcap, _modifiers(p, cfg, given))
     if cfg.windowed:
         given = given._replace(inputs=replace(given.inputs, segment_BT=given.inputs.window_BT))
     o = self_attend(q, k, v, scoring, given, cached)
     o = checkpoint_name(o, "attn_out")
     return linear(p["o"], o, "BTNH,NHD->BTD"), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+
+def keys_values(
+    p: Any, cfg: GQA, x_BTD: Float[Array, "B T D"], given: Given
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Keys, normalised and rotated, and values of one layer, or of a stack whose layers share them."""
+    k = linear(p["k"], x_BTD, "BTD,DKH->BTKH")
+    v = linear(p["v"], x_BTD, "BTD,DKH->BTKH")
+    k = k if cfg.qk_norm is None else qk_norm(p["k_norm"], cfg.qk_norm, k)
+    return _rotated(cfg, _clip(cfg, k), given), _clip(cfg, v)
+
+
+def _rotated(cfg: GQA, x_BTNH: Float[Array, "B T N H"], given: Given) -> Float[Array, "B T N H"]:
+    if not isinstance(cfg.position, Rope):
+        return x_BTNH
+    return rotate(cfg.position, given.tables.rotations[cfg.position, cfg.head_dim], x_BTNH)
 
 
 def _clip(cfg: GQA, x: Array) -> Float[Array, ...]:

@@ -10,10 +10,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax
 from jax.sharding import PartitionSpec
 
+from jaxllm import cache
 from jaxllm.architectures import Spec, model_params
-from jaxllm.cache import widths, window
+from jaxllm.cache import widths
 from jaxllm.config import FFN, GLU, MLP, Block, MoE, Transformer
 from jaxllm.experiment import Experiment
 from jaxllm.flops import forward_flops_per_token, matmul_weights, score_width, train_flops_per_token
@@ -30,6 +32,7 @@ class Info:
     parameters: by part, "total" included.  matrix_parameters: those that are multiplied: a tied head, no embedding.
     forward_flops: per token, {"matrices", "attention"}.  train_flops: per token, 3 x their sum.
     kv_bytes: of one more token, in a cache whose windows are not full yet.  kv_bytes_context: of `context` tokens.
+    kv_bytes_next: of one token more than these.
     training_bytes: per chip by part, None without an experiment.
     """
 
@@ -41,6 +44,7 @@ class Info:
     train_flops: float
     kv_bytes: int
     kv_bytes_context: int
+    kv_bytes_next: int
     training_bytes: Mapping[str, int] | None
 
 
@@ -49,12 +53,6 @@ def info(spec: Transformer, context: int | None = None, dtype: str = "bfloat16")
     T = spec.context if context is None else context
     matrices = matmul_weights(spec)
     forward = forward_flops_per_token(spec, T)
-    rows = {}
-    for block, _ in _blocks(spec):
-        heads, key, value = widths(block.attn)
-        rows[block] = heads * (key + value) * _BYTES[dtype]
-    kept = {block: min(window(block.attn.pattern) or T, T) for block, _ in _blocks(spec)}
-    cached = _blocks(spec) if spec.causal else []  # an encoder keeps nothing
     return Info(
         name=spec.name,
         context=T,
@@ -62,10 +60,17 @@ def info(spec: Transformer, context: int | None = None, dtype: str = "bfloat16")
         matrix_parameters=matrices,
         forward_flops={"matrices": 2.0 * matrices, "attention": forward - 2.0 * matrices},
         train_flops=train_flops_per_token(spec, T),
-        kv_bytes=sum(n * rows[block] for block, n in cached),
-        kv_bytes_context=sum(n * rows[block] * kept[block] for block, n in cached),
+        kv_bytes=_kv_bytes(spec, 1, dtype),
+        kv_bytes_context=_kv_bytes(spec, T, dtype),
+        kv_bytes_next=_kv_bytes(spec, T + 1, dtype) - _kv_bytes(spec, T, dtype),
         training_bytes=None,
     )
+
+
+def _kv_bytes(spec: Transformer, tokens: int, dtype: str) -> int:
+    """Keys and values of one row in a cache for so many tokens; an encoder keeps nothing."""
+    caches = jax.eval_shape(lambda: cache.init(spec, 1, tokens, dtype)) if spec.causal else ()
+    return cache.nbytes([(c.k, c.v) for stack in caches for c in stack])
 
 
 def parameters_by_part(spec: Spec) -> dict[str, int]:

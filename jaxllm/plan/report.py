@@ -103,7 +103,7 @@ def _memory_table(result: Plan) -> Table:
 
 def _time_table(result: Plan) -> Table:
     made, chip = result.program, result.target.chip
-    assert made is not None and result.xla_seconds is not None
+    assert made is not None and result.xla_seconds is not None, "only called for a plan that was timed"
     table = _table("time, as the compiler estimates it", "", "formula")
     table.add_row(
         "XLA", _seconds(result.xla_seconds), f"{made.cycles / 1e6:,.0f} M cycles / {chip.clock / 1e9:.2f} GHz"
@@ -283,8 +283,9 @@ def print_costs(cost: Info, console: Console) -> None:
     console.print(table)
     if cost.kv_bytes:
         table = _table("KV cache, bfloat16", "bytes")
-        table.add_row("one more token", f"{cost.kv_bytes:,}")
+        table.add_row("one token, while no window is full", f"{cost.kv_bytes:,}")
         table.add_row(f"{cost.context:,} tokens", f"{cost.kv_bytes_context:,}")
+        table.add_row("one more than these", f"{cost.kv_bytes_next:,}")
         console.print(table)
 
 

@@ -151,6 +151,8 @@ def _each_bad(spec: Transformer, finite: dict[str, Bool[np.ndarray, "*L"]]) -> I
             case ["stacks", s, b, *_]:
                 for r in np.flatnonzero(~flags):
                     yield f"{path}[{r}]", int(starts[int(s)] + r * len(spec.stacks[int(s)].pattern) + int(b))
+            case ["shared", s, *_] if not flags:
+                yield path, int(starts[int(s)])
             case [room, *_] if not flags:
                 yield path, ends.get(room, 0)
 

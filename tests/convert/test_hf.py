@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +16,11 @@ from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.data.tokenizer import load as load_tokenizer
 from jaxllm.data.train_tokenizer import train_tokenizer
 from jaxllm.model import logits
-from jaxllm.models.families import FAMILIES, family_of_spec, spec_of_config
-from jaxllm.models.presets import PRESETS
+from jaxllm.models.families import family_of_spec, spec_of_config
 from jaxllm.models.rope import classic, modern
+from tests.models.support import GOLDENS, config_of
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 NAMES = ["llama_gqa", "gpt2"]  # every family: tests/models
-
-
-def config_of(name):
-    return json.loads((GOLDENS / name / "config.json").read_text())
 
 
 @pytest.fixture(params=NAMES)
@@ -80,14 +74,6 @@ def test_names_without_the_base_models_prefix_and_with_buffers(tmp_path):
     spec, params, _ = load_folder(tmp_path / "m")
     golden = np.load(GOLDENS / "gpt2" / "golden.npz")
     np.testing.assert_allclose(logits(spec, params, golden["input_ids"]), golden["logits"], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_published_configs_translate_both_ways(name):
-    spec = PRESETS[name]()
-    family, config = family_of_spec(spec)
-    assert spec_of_config(config) == spec_of_config(classic(config)) == spec
-    assert family is FAMILIES[config["model_type"]]
 
 
 def test_tokenizer_and_eos_travel(tmp_path):

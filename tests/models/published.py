@@ -1,7 +1,7 @@
-"""Baichuan and ChatGLM written out in numpy (float64, one row, one head at a time), apart from the code under test.
+"""Baichuan, ChatGLM, YOCO written out in numpy (float64, one row, one head at a time), apart from the code under test.
 
-Sources: the modelling files published with Baichuan-7B, Baichuan-13B, Baichuan2-7B and chatglm3-6b. Weights are dicts
-of the published names.
+Sources: the modelling files published with Baichuan-7B, Baichuan-13B, Baichuan2-7B and chatglm3-6b; YOCO in
+microsoft/unilm. Weights are dicts of the published names.
 """
 
 import numpy as np
@@ -111,3 +111,45 @@ def chatglm(w, ids, config):
         h = h + linear(silu(gate) * up, p + "mlp.dense_4h_to_h")
     h = norm(h, "transformer.encoder.final_layernorm") if config["post_layer_norm"] else h
     return h @ w["transformer.output_layer.weight"].T
+
+
+def neighbours_rotated(x, theta):
+    """A head as complex numbers of neighbours; the slowest turns by exactly 1 / theta a token."""
+    T, H = x.shape
+    turn = theta ** -np.linspace(0, 1, H // 2)
+    z = (x[:, 0::2] + 1j * x[:, 1::2]) * np.exp(1j * np.outer(np.arange(T), turn))
+    return np.stack([z.real, z.imag], -1).reshape(T, H)
+
+
+def yoco(w, ids, layers, heads, kv_heads, window, theta=10_000, eps=1e-5):
+    """Logits [T, V], with a sliding window in the self-decoder."""
+    w = {name: x.astype(np.float64) for name, x in w.items()}
+    h = w["embed_tokens.weight"][ids]
+    T, D = h.shape
+    H, h = D // heads, h * D**0.5
+    ago = np.arange(T)[:, None] - np.arange(T)[None, :]
+
+    def split(x, name):
+        return np.split(x @ w[f"{name}_proj.weight"].T, w[f"{name}_proj.weight"].shape[0] // H, -1)
+
+    def layer(h, p, kv, seen):
+        x = rms(h, w[p + "mixer_layer_norm.weight"], eps)
+        q = split(x, p + "mixer.q")
+        k, v = kv or (split(x, p + "mixer.k"), split(x, p + "mixer.v"))
+        out = []
+        for n in range(heads):
+            own = n * len(k) // heads
+            scores = neighbours_rotated(q[n], theta) @ neighbours_rotated(k[own], theta).T / H**0.5
+            out.append(softmax(np.where(seen, scores, -np.inf)) @ v[own])
+        h = h + np.concatenate(out, -1) @ w[p + "mixer.out_proj.weight"].T
+        x = rms(h, w[p + "final_layer_norm.weight"], eps)
+        return h + (silu(x @ w[p + "ffn.fc1.weight"].T) * (x @ w[p + "ffn.gate.weight"].T)) @ w[p + "ffn.fc2.weight"].T
+
+    for i in range(layers // 2):
+        h = layer(h, f"self_decoder.layers.{i}.", None, (ago >= 0) & (ago < window))
+    x = rms(h, w["cross_decoder.kv_layer_norm.weight"], eps)
+    once = split(x, "cross_decoder.k"), split(x, "cross_decoder.v")
+    assert len(once[0]) == kv_heads
+    for i in range(layers // 2):
+        h = layer(h, f"cross_decoder.layers.{i}.", once, ago >= 0)
+    return rms(h, w["layer_norm.weight"], eps) @ w["output_projection.weight"].T

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from jaxllm.architectures import model_params
 from jaxllm.config import DynamicNTK, EncoderDecoder, Transformer, TwoTower, VisionLanguage
 from jaxllm.convert.hf import save_folder
 from jaxllm.convert.safetensors_io import open_folder
-from jaxllm.models.families import FAMILIES, family_of_spec, spec_of_config
-from jaxllm.models.presets import EVERY, toy
+from jaxllm.models.families import FAMILIES, spec_of_config
+from jaxllm.models.presets import toy
 from jaxllm.nn.patch import cut
 from jaxllm.nn.position import by_length
 from jaxllm.params import abstract, count
@@ -199,16 +199,6 @@ def compiled(spec: Any, arrays: dict[str, Any] | None) -> str:
 # ----------------------------------------------------------------------------------------------------------- the page
 
 
-def family_of(make: Any) -> str:
-    """The family in whose file a preset stands, if that can express it (Qwen2's stands beside LLaMA's)."""
-    own = sys.modules[make.__module__].MODEL_TYPE
-    try:
-        spec = make()
-        return own if spec_of_config(FAMILIES[own].to_hf(spec)) == spec else family_of_spec(spec)[0].MODEL_TYPE
-    except ValueError:
-        return family_of_spec(make())[0].MODEL_TYPE
-
-
 def published(make: Any) -> tuple[str, str]:
     """(name, count) of a preset; the count is marked when it is not what the docstring states."""
     found = re.search(r"([\d,]{7,}) parameters", make.__doc__ or "")
@@ -232,7 +222,7 @@ def kept() -> dict[str, str]:
     return {row[0].strip().strip("`"): row[-1].strip() for row in rows if len(row) == len(HEAD)}
 
 
-def row(family: str, presets: list[Any], held: list[Path], compile_anew: bool, last: dict[str, str]) -> list[str]:
+def row(family: str, presets: Sequence[Any], held: list[Path], compile_anew: bool, last: dict[str, str]) -> list[str]:
     """One line of the table."""
     sizes = [published(make) for make in presets]
     results = [errors(folder) for folder in held]
@@ -254,12 +244,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
-    presets = defaultdict(list)
-    for make in EVERY.values():
-        presets[family_of(make)].append(make)
     held, last, lines = folders(), kept(), []
-    for family in FAMILIES:
-        lines.append("| " + " | ".join(row(family, presets[family], held[family], options.compile, last)) + " |")
+    for name, family in sorted(FAMILIES.items()):
+        lines.append("| " + " | ".join(row(name, family.PRESETS, held[name], options.compile, last)) + " |")
         print(lines[-1], flush=True)
     table = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD), *lines]
     before, rest = PAGE.read_text().split("<!-- table -->\n")[0], PAGE.read_text().split("<!-- /table -->\n")[1]

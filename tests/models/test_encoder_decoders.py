@@ -1,10 +1,8 @@
 """T5, mT5, BART: the reference's numbers, greedy decoding through the caches, contracts of encoder-decoders."""
 
-import json
 import shutil
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,31 +14,18 @@ import jaxllm
 from jaxllm import encoder_decoder as ed
 from jaxllm.architectures import model_params
 from jaxllm.config import GLU, MLP, EncoderDecoder
-from jaxllm.convert.rules import wanted
 from jaxllm.decode.weights import prepare
 from jaxllm.models.families import FAMILIES, family_of_spec, settled, spec_of_config
 from jaxllm.models.presets import ENCODER_DECODERS, toy_encoder_decoder
-from jaxllm.params import count, init, unstack
+from jaxllm.params import unstack
 from jaxllm.records import Inputs, inputs
+from jaxllm.rules import wanted
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout, make_mesh
+from tests.models.support import GOLDENS, close, config_of, load, noisy
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 FOLDERS = ["t5_v1_1", "bart"]
 every_folder = pytest.mark.parametrize("folder", FOLDERS)
-
-
-@cache
-def load(folder):
-    return jaxllm.load(GOLDENS / folder), np.load(GOLDENS / folder / "golden.npz")
-
-
-def config_of(folder, name="config.json"):
-    return json.loads((GOLDENS / folder / name).read_text())
-
-
-def close(got, want, tolerance=1e-4):
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------------- goldens
@@ -195,29 +180,6 @@ def test_specs_that_do_not_fit_together():
         family_of_spec(EncoderDecoder(spec.encoder, replace(spec.decoder, norm=low(spec).norm), 2))
 
 
-PUBLISHED = {
-    "t5_small": 60_506_624,
-    "t5_base": 222_903_552,
-    "t5_v1_1_small": 76_961_152,
-    "t5_v1_1_base": 247_577_856,
-    "mt5_small": 300_176_768,
-    "bart_base": 139_470_681,
-    "bart_large": 406_341_721,
-}
-
-
-@pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_published_sizes(name):
-    """Counts, and names and shapes of every tensor, without making one."""
-    spec = ENCODER_DECODERS[name]()
-    assert count(model_params(spec)) == PUBLISHED[name]
-    family, config = family_of_spec(spec)
-    shapes = wanted(family.names(spec), model_params(spec))
-    assert sum(np.prod(shape) for shape in shapes.values()) == PUBLISHED[name]
-    assert settled(family, spec_of_config(config), shapes) == spec
-    assert family.MODEL_TYPE in name
-
-
 # -------------------------------------------------------------------------------------------------------- contracts
 
 TOYS = {name: toy_encoder_decoder(ENCODER_DECODERS[name]()) for name in ("t5_small", "bart_base")}
@@ -226,11 +188,7 @@ every_toy = pytest.mark.parametrize("name", TOYS)
 
 @cache
 def params_of(name):
-    params = init(model_params(TOYS[name]), jax.random.key(7))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(8), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+    return noisy(model_params(TOYS[name]))
 
 
 def ids(seed, *shape):

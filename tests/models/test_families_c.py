@@ -1,81 +1,30 @@
-"""Gemma, Cohere, GLM, Granite, SmolLM3, Yi, Baichuan, ChatGLM: sizes, fields, names, and lengths that rotations see."""
+"""Gemma, Cohere, GLM, Granite, SmolLM3, Yi, Baichuan, ChatGLM: hub configs, fields, lengths that rotations see."""
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import jaxllm
-from jaxllm.architectures import model_params
 from jaxllm.config import Alibi, DynamicNTK, Full, Linear, Llama3, Local, LongRope, RMSNorm, Rope, Yarn
-from jaxllm.convert import rules
 from jaxllm.convert.hf import save_folder
 from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.decode import sample
 from jaxllm.models.common import layers_of
-from jaxllm.models.families import FAMILIES, family_of_spec, spec_of_config
+from jaxllm.models.families import spec_of_config
 from jaxllm.models.presets import PRESETS
-from jaxllm.models.rope import classic
-from jaxllm.params import paths
 from tests.models import published
 from tests.models.hub_configs import HUB
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-SIZES = [
-    "yi_6b",
-    "gemma_2b",
-    "gemma3_1b",
-    "command_r",
-    "command_r7b",
-    "glm4_9b",
-    "glm4_9b_0414",
-    "granite3_2b",
-    "smollm3_3b",
-    "baichuan_7b",
-    "baichuan2_7b",
-    "baichuan2_13b",
-    "chatglm3_6b",
-]
-
-
-def config_of(name):
-    return json.loads((GOLDENS / name / "config.json").read_text())
-
+from tests.models.support import GOLDENS, comes_back, config_of, first
 
 # ------------------------------------------------------------------------------------------------- published sizes
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_published_size(name):
-    """The docstring's count is the number of parameters, and of the numbers in a complete checkpoint."""
-    spec = PRESETS[name]()
-    tree = model_params(spec)
-    count = sum(math.prod(p.shape) for _, p in paths(tree))
-    assert f"{count:,} parameters" in PRESETS[name].__doc__
-    family, config = family_of_spec(spec)
-    assert spec_of_config(config) == spec_of_config(classic(config)) == spec
-    assert sum(map(math.prod, rules.wanted(family.names(spec), tree).values())) == count
 
 
 @pytest.mark.parametrize("name", HUB)
 def test_published_config(name):
     assert spec_of_config(HUB[name]) == PRESETS[name]()
-
-
-def test_published_shapes():
-    wanted = {}
-    for name in ("baichuan2_13b", "chatglm3_6b", "glm4_9b_0414", "command_r"):
-        spec = PRESETS[name]()
-        family = FAMILIES[{"chatglm3_6b": "chatglm"}.get(name, family_of_spec(spec)[0].MODEL_TYPE)]
-        wanted |= rules.wanted(family.names(spec), model_params(spec))
-    assert wanted["model.layers.39.self_attn.W_pack.weight"] == (15_360, 5120)
-    assert wanted["transformer.encoder.layers.27.self_attention.query_key_value.weight"] == (4608, 4096)
-    assert wanted["transformer.encoder.layers.0.mlp.dense_h_to_4h.weight"] == (27_392, 4096)
-    assert wanted["model.layers.39.mlp.gate_up_proj.weight"] == (27_392, 4096)
-    assert wanted["model.layers.0.post_mlp_layernorm.weight"] == (4096,)
 
 
 # --------------------------------------------------------------------------- every field that changes the math is read
@@ -92,10 +41,6 @@ MADE = {"baichuan": BAICHUAN, "chatglm": CHATGLM}
 
 def base(name):
     return MADE[name] if name in MADE else config_of(name)
-
-
-def first(look):
-    return lambda spec: look(layers_of(spec)[0])
 
 
 def patterns(spec):
@@ -202,12 +147,7 @@ def ids(x):
 
 @pytest.mark.parametrize(("name", "change", "look", "value"), CHANGES, ids=ids)
 def test_a_field_changes_the_spec_and_comes_back(name, change, look, value):
-    config = {k: v for k, v in (base(name) | change).items() if v != "absent"}
-    spec = spec_of_config(config)
-    assert look(spec) == value
-    family = FAMILIES[config["model_type"]]
-    assert family.from_hf(family.to_hf(spec)) == spec
-    assert spec_of_config(classic(family.to_hf(spec))) == spec
+    comes_back({k: v for k, v in (base(name) | change).items() if v != "absent"}, look, value)
 
 
 REFUSED = [
@@ -239,25 +179,6 @@ REFUSED = [
 def test_unsupported_config_is_refused_by_name(name, change, message):
     with pytest.raises(ValueError, match=message):
         spec_of_config(base(name) | change)
-
-
-OWN = ["gemma", "gemma3_text", "cohere", "cohere2", "glm", "glm4", "granite", "smollm3", "baichuan", "chatglm"]
-
-
-@pytest.mark.parametrize("model_type", OWN)
-def test_a_foreign_spec_is_a_value_error_or_expressed(model_type):
-    """No other error for any preset; what is written without one is what the first layer and the model's fields say."""
-    family = FAMILIES[model_type]
-    refused = 0
-    for make in PRESETS.values():
-        spec = make()
-        try:
-            written = family.to_hf(spec)
-        except ValueError:
-            refused += 1
-        else:
-            assert written["model_type"] == model_type
-    assert refused > 0
 
 
 # -------------------------------------------------------------------------- Baichuan and ChatGLM, by their definitions

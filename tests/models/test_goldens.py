@@ -4,10 +4,6 @@ A decoder's cases are padded on the right to one length and run through one prog
 Greedy decoding is proven by induction: if each golden token is the argmax after the golden tokens before it, all are.
 """
 
-import json
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -17,12 +13,7 @@ from jaxllm.convert.hf import save_folder
 from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.models.families import FAMILIES, spec_of_config
 from jaxllm.nn.position import by_length
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-
-
-def config_of(folder, name="config.json"):
-    return json.loads((folder / name).read_text())
+from tests.models.support import GOLDENS, close, config_of, load
 
 
 def is_known(folder):
@@ -40,19 +31,10 @@ DECODERS = [f for f in FOLDERS if is_decoder(f)]
 every_decoder = pytest.mark.parametrize("folder", DECODERS, ids=lambda f: f.name)
 
 
-@cache
-def load(folder):
-    return jaxllm.load(folder), np.load(folder / "golden.npz")
-
-
 def run(folder, ids, mask, length=37):
     model, _ = load(folder)
     wide = [np.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in (ids, mask)]
     return np.asarray(jaxllm.logits(model.spec, model.params, *wide))[:, : ids.shape[1]]
-
-
-def close(got, want):
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
 @every_decoder

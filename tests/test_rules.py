@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxllm.convert import rules
-from jaxllm.convert.rules import Alias, Tensor, Unused
+from jaxllm import rules
 from jaxllm.convert.safetensors_io import write_folder
 from jaxllm.leaves import Adapted, Quantised
 from jaxllm.models.families import family_of_spec
 from jaxllm.models.llama import llama
 from jaxllm.models.presets import PRESETS, toy
-from jaxllm.params import Constant, Param, count, map_params
+from jaxllm.params import Constant, Param, map_params
+from jaxllm.rules import Alias, Tensor, Unused
 from jaxllm.transformer import transformer_params
 
 D, N, K, H, F = 6, 4, 2, 5, 3
@@ -151,17 +151,7 @@ def test_quantised_and_adapted_weights_are_exported_dense():
     np.testing.assert_allclose(dict(rules.export(TABLE, params, np.float32))["wte"], files["wte"] + 0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_tables_are_complete_at_full_size_without_allocating(name):
-    spec = PRESETS[name]()
-    family, _ = family_of_spec(spec)
-    tree = transformer_params(spec)
-    want = rules.wanted(family.names(spec), tree)
-    assert sum(map(math.prod, want.values())) == count(tree)
-    rules.check(family.names(spec), tree, want, name)
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"yoco_3b"}))  # which no format has
 def test_export_then_import_at_toy_size(name):
     family, _ = family_of_spec(PRESETS[name]())
     spec = toy(PRESETS[name]())
@@ -178,7 +168,8 @@ STREAM = """
 import math, resource, sys
 import jax, numpy as np
 from etils import epath
-from jaxllm.convert import hf, rules
+from jaxllm import rules
+from jaxllm.convert import hf
 from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.models.llama import llama
 from jaxllm.sharding import Layout, make_mesh, storage_shardings
