@@ -128,7 +128,7 @@ def write_config(path: Path, base: str, overrides: list[str], best: Candidate, t
         "",
         "from pathlib import Path",
         "",
-        "from jaxllm.experiment import load_config",
+        "from jaxllm.experiment import Experiment, load_config",
         "",
         f"BASE = Path(__file__).resolve().parent / {start!r}",
         f"CHANGES = {[*overrides, *chosen]!r}",

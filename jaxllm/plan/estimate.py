@@ -11,6 +11,7 @@ matrix unit's peak: then it is a lower bound, and MFU an upper one.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +101,7 @@ class Plan:
 def estimate(exp: Experiment, target: Slice, compiled: Compiled) -> Plan:
     """The plan of a prepared experiment from what the compiler left."""
     layout = exp.runtime.layout or Layout()
-    sizes = layout.sizes(target.devices)
+    sizes = layout.sizes(target.devices, target.shape)
     cost = info(exp.model, exp.data.context)
     tokens = exp.batch_size * exp.data.context / target.devices
     shapes = shapes_of(exp, layout, target.devices)
@@ -188,6 +189,13 @@ def advice(plan: Plan) -> list[str]:
     return [f"{text} (about {size / 2**30:.1f} GiB less)" for size, text in ranked if size > 2**20]
 
 
+def _by_axes(made: Program) -> dict[str, float]:
+    found: dict[str, float] = defaultdict(float)
+    for c in made.collectives:
+        found[c.axes] += c.wire / 1e9
+    return dict(found)
+
+
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON data. GiB are 2**30 bytes, GB 10**9; FLOPs, bytes and seconds are per chip and step."""
     made = plan.program
@@ -208,6 +216,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "mfu_formula": "model_tflop / (step_seconds x peak); step_seconds = xla_seconds + pallas_seconds",
         "collectives": made and {kind: {"count": n, "wire_gb": gb} for kind, (n, gb) in made.wire().items()},
         "wire_gb": made and sum(c.wire for c in made.collectives) / 1e9,
+        "wire_gb_by_axes": made and _by_axes(made),
         "wire_seconds": plan.wire_seconds,
         "tokens": plan.tokens_per_chip,
         "unknown_loops": made and list(made.unknown_loops),

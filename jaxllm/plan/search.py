@@ -1,18 +1,20 @@
 """Which layout fits a slice and is fastest: all of them by formula, the most promising by the compiler.
 
     predicted memory  = `zero.step_bytes`                                       within 15 % of what was compiled
-    predicted seconds = max(arithmetic / (0.8 peak), wire bytes / links)        only to choose what to compile first
+    predicted seconds = max(arithmetic / (0.8 peak), weights' wire / links) + activations' wire / links
     arithmetic        = matrices (3 + r_m) + attention (3.5 + r_a) times their forward FLOPs
 
 r is what the backward pass recomputes: 1 of the matrices under "full" and "attention", 1 of attention but under "none"
 and "attention". A flash backward pass has 5 products for the forward's 2, so 2.5 of its FLOPs. 0.8 is what the compiler
-makes of the matrix unit in the steps of docs/benchmarks.md. Wire bytes: ZeRO 3 moves every weight three times per
+makes of the matrix unit in the steps of docs/benchmarks.md. Weights and gradients travel beside the arithmetic, the
+activations that tensor parallelism exchanges in turn with it. Wire bytes: ZeRO 3 moves every weight three times per
 micro-batch, stages 1 and 2 twice per step, 0 two times (an all-reduce); a tensor-parallel layer moves its residual
 stream twelve times (six all-reduces, two of them recomputed).
 
 Candidates whose prediction exceeds the chip's memory by more than 15 % are dropped, the others compiled in order of
 predicted tokens/s, one at a time, each in a child process, until the budget is spent; what was compiled before by this
-code is read from the cache. The rank is by tokens/s per chip, the longer of arithmetic and links, of those that fit.
+code is read from the cache. The rank is by tokens/s per chip of those that fit, with the compiler's figures in the
+same formula: predictions only choose what is compiled first.
 """
 
 from __future__ import annotations
@@ -38,13 +40,16 @@ from jaxllm.plan.info import info
 from jaxllm.plan.topology import Slice, names, parse
 from jaxllm.plan.zero import step_bytes
 from jaxllm.runtime import Remat
-from jaxllm.sharding import Layout, batch_ways
+from jaxllm.sharding import DATA, Layout, batch_ways
 from jaxllm.transformer import transformer_params
 
 EFFICIENCY = 0.8
 """Of the matrix unit's peak."""
 SLACK = 1.15
 """Predicted over available memory up to which a candidate is worth compiling."""
+
+_OF_WEIGHTS = {"replica", *DATA}
+"""Axes over which weights and gradients travel."""
 
 _RECOMPUTED = {"full": (1, 1), "attention": (1, 0), "dots": (0, 1), "none": (0, 0)}
 
@@ -83,10 +88,13 @@ class Found:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Per chip, by the longer of arithmetic and links; None when it does not fit."""
-        if self.figures is None or not self.figures["fits"]:
+        """Per chip, by arithmetic and links; None when it does not fit."""
+        made = self.figures
+        if made is None or not made["fits"]:
             return None
-        return self.figures["tokens"] / max(self.figures["step_seconds"], self.figures["wire_seconds"])
+        links = made["wire_seconds"] / max(made["wire_gb"], 1e-9)
+        of_weights = sum(gb for axes, gb in made["wire_gb_by_axes"].items() if set(axes.split("+")) <= _OF_WEIGHTS)
+        return made["tokens"] / (max(made["step_seconds"], of_weights * links) + (made["wire_gb"] - of_weights) * links)
 
 
 # -------------------------------------------------------------------------------------------------------- predicting
@@ -95,11 +103,10 @@ class Found:
 def predict(exp: Experiment, target: Slice) -> Candidate:
     """A prepared experiment with its predicted bytes and seconds."""
     held = step_bytes(exp, target.devices)
-    return Candidate(exp, target, held.arguments + held.temporary, max(*_seconds(exp, target)))
+    return Candidate(exp, target, held.arguments + held.temporary, _seconds(exp, target))
 
 
-def _seconds(exp: Experiment, target: Slice) -> tuple[float, float]:
-    """(arithmetic, links)."""
+def _seconds(exp: Experiment, target: Slice) -> float:
     layout = exp.runtime.layout or Layout()
     sizes, cost = layout.sizes(target.devices), info(exp.model, exp.data.context)
     tokens = exp.batch_size * exp.data.context / target.devices
@@ -109,14 +116,17 @@ def _seconds(exp: Experiment, target: Slice) -> tuple[float, float]:
     weights = 2 * count(transformer_params(exp.model)) / layout.tensor
     moves = {0: 2, 1: 2, 2: 2, 3: 3 * exp.accumulate}[layout.zero] if batch_ways(sizes) > 1 else 0
     stream = 2 * exp.model.dim * exp.model.layers * tokens * layout.tensor
-    wire = weights * moves + (12 * stream if layout.tensor > 1 else 0)
-    return flops / (EFFICIENCY * target.chip.peak), wire / target.chip.wire
+    exchanged = 12 * stream if layout.tensor > 1 else 0
+    return (
+        max(flops / (EFFICIENCY * target.chip.peak), weights * moves / target.chip.wire) + exchanged / target.chip.wire
+    )
 
 
 def candidates(exp: Experiment, target: Slice) -> list[Candidate]:
     """Every layout, recomputation and micro-batch of the experiment that the slice and the model admit.
 
-    Best first: by predicted tokens/s among those that may fit. Raises ValueError when none may, with the least bytes.
+    Best first: by predicted tokens/s, then few micro-batches, among those that may fit. Raises ValueError when none
+    may, with the least bytes.
     """
     found = [predict(one, target) for one in _admitted(exp, target)]
     if not found:
@@ -133,7 +143,7 @@ def candidates(exp: Experiment, target: Slice) -> list[Candidate]:
             f"chip ({least.label}) of {target.chip.hbm / 2**30:.0f}; take a larger slice, or data.context below "
             f"{exp.data.context}"
         )
-    return sorted(possible, key=lambda c: (-c.tokens_per_second, c.bytes))
+    return sorted(possible, key=lambda c: (-c.tokens_per_second, c.exp.accumulate, c.bytes))
 
 
 def _admitted(exp: Experiment, target: Slice) -> Iterator[Experiment]:
