@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 from jaxllm.config import GLU, GQA, MLP, Block
 from jaxllm.experiment import Experiment
 from jaxllm.params import Param, paths
-from jaxllm.sharding import Layout, partition, storage
+from jaxllm.sharding import Layout, partition, shares, storage
 from jaxllm.transformer import transformer_params
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -85,7 +85,7 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
     head = params["embed/tokens" if exp.model.tied else "head/kernel"]
 
     c = _WIDTH[exp.runtime.compute_dtype]
-    t = exp.batch_size * exp.data.context // (sizes["replica"] * sizes["data"] * exp.accumulate)
+    t = exp.batch_size * exp.data.context // (shares(sizes) * sizes["sequence"] * exp.accumulate)
     gradient = _gradient(layout, head, c, stored, used)
     return StepBytes(
         state=12 * sum(map(stored, params.values())),
