@@ -27,7 +27,7 @@ from jaxllm.nn.context import around_ring, over_heads, require_plain, ring_of, s
 from jaxllm.nn.position import Tables
 from jaxllm.records import Inputs, Mask
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import mesh_sizes, partition
+from jaxllm.sharding import Layout, mesh_sizes, partition
 
 Cached = tuple[KV, Int[Array, ""] | int]  # a stacked cache, and this layer's index in it
 NewRows = tuple[Float[Array, "B K T H"], Float[Array, "B K T h"]]
@@ -121,25 +121,30 @@ def attend(
     def run(q: Array, k: Array, v: Array, mask: Mask, modifiers: Modifiers) -> Array:
         return op(q, k, v, mask=mask, modifiers=modifiers)
 
-    sizes, axis = mesh_sizes(), split_axis(runtime.layout) if q.shape[1] == k.shape[1] else None
-    if (backend in ("reference", "chunked") and axis is None) or runtime.layout is None or not sizes:
-        return run(q, k, v, mask, scoring.modifiers)
-    length = None if axis is None else "length"
+    layout, m = runtime.layout, scoring.modifiers
+    turns = layout is not None and layout.context == "all_to_all" and q.shape[1] == k.shape[1]
+    axis = split_axis(layout) if turns else None
+    if (backend in ("reference", "chunked") and axis is None) or layout is None or not mesh_sizes():
+        return run(q, k, v, mask, m)
+    specs = _specs(layout, axis, (q, k, v), mask, m)
+    local = run if axis is None else over_heads(run, axis)
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v, mask, m)
+
+
+def _specs(layout: Layout, axis: str | None, qkv: tuple[Array, ...], mask: Mask, m: Modifiers) -> tuple[Any, ...]:
+    """PartitionSpecs of q, k, v, mask and modifiers. axis: tokens lie on it outside of the kernel, heads inside."""
+    sizes, length = mesh_sizes(), None if axis is None else "length"
 
     def spec(axes: tuple[str | None, ...], x: Array | None) -> Any:
-        return None if x is None else partition(axes, x.shape, runtime.layout, sizes)  # type: ignore[arg-type]
+        return None if x is None else partition(axes, x.shape, layout, sizes)
 
     def of_heads(x: Array | None, dim: int = 0) -> Any:
-        if x is None:
-            return None
-        names = tuple(a for a in (*runtime.layout.mesh_axes("heads"), axis) if a and sizes[a] > 1)  # type: ignore[union-attr]
-        return PartitionSpec(*[None] * dim, names or None)
+        names = [a for a in (*layout.mesh_axes("heads"), axis) if a is not None and sizes[a] > 1]
+        return None if x is None else PartitionSpec(*[None] * dim, tuple(names) or None)
 
-    m = scoring.modifiers
-    specs = (
-        spec(("batch", length, "heads", None), q),
-        spec(("batch", length, "kv_heads", None), k),
-        spec(("batch", length, "kv_heads", None), v),
+    heads = ("heads", "kv_heads", "kv_heads")
+    return (
+        *(spec(("batch", length, of, None), x) for of, x in zip(heads, qkv, strict=True)),
         jax.tree.map(lambda x: spec(("batch", *[None] * (x.ndim - 1)), x), mask),
         replace(
             m,
@@ -149,9 +154,6 @@ def attend(
             shift_BT=spec(("batch", None), m.shift_BT),
         ),
     )
-    out: PartitionSpec = specs[0]
-    local = run if axis is None else over_heads(run, axis)
-    return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=False)(q, k, v, mask, m)
 
 
 def resolve_backend(runtime: Runtime) -> Any:
