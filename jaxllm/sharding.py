@@ -20,6 +20,7 @@ Arrays are placed by PartitionSpec on the *context mesh* (`jax.set_mesh`), so th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,14 +48,18 @@ MESH_AXES = ("replica", "stage", *DATA, "expert", "sequence", "tensor")
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 RULES: Rules = (
-    ("batch", ("replica", *DATA)),
+    ("batch", ("replica", *DATA, "expert")),
+    ("length", ("sequence",)),
+    ("stream", ("sequence",)),
+    ("experts", ("expert",)),
     ("vocab", ("tensor",)),
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
     ("ffn", ("tensor",)),
 )
-"""Data and tensor parallelism. An axis that is not named is not sharded."""
+"""An axis that is not named is not sharded. length: tokens of a row; stream: the same, between blocks."""
 
+_SHARDERS = ("sequence", "expert", *DATA)  # mesh axes over which ZeRO spreads what is stored, major first
 _STORAGE_ORDER = ("embed", "ffn", "heads", "kv_heads", "vocab", "head_dim", "rank")
 
 
@@ -62,10 +67,17 @@ _STORAGE_ORDER = ("embed", "ffn", "heads", "kv_heads", "vocab", "head_dim", "ran
 class Layout:
     """How a program is spread over devices.
 
-    replica, data, tensor: sizes of mesh axes; `data=None` takes all devices that the others leave.
+    replica, data, expert, sequence, tensor: sizes of mesh axes; `data=None` takes all devices that the others leave.
+    Rows are dealt over replica, data and expert, tokens of a row over sequence.
     zero: the ZeRO stage.  rules: logical axis -> mesh axes.
     replicate_below: parameters with fewer elements per layer stay whole over data: gathering a norm's scale
     costs three small collectives where its gradient's sum costs one.
+    context: how the tokens of a split row meet. "ring": keys and values travel (`kernels/ring.py`); "all_to_all":
+    heads are split instead inside of attention (Jacobs et al. 2023).
+    split_stream: between blocks the tokens of a row are split over tensor too, so that norms and residuals are not
+    repeated, and sums over tensor become half as many bytes (Korthikanti et al. 2022, §4.2.2).
+    spare: rows that the exchange between experts' devices has room for, as a multiple of a balanced load. More come in
+    further rounds; nothing is dropped.
     """
 
     data: int | None = None
@@ -74,21 +86,37 @@ class Layout:
     zero: Literal[0, 1, 2, 3] = 3
     rules: Rules = RULES
     replicate_below: int = 2**16
+    sequence: int = 1
+    expert: int = 1
+    context: Literal["ring", "all_to_all"] = "ring"
+    split_stream: bool = False
+    spare: float = 1.25
+
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes that the compute table gives a logical axis."""
+        found = dict(self.rules).get(axis or "", ())
+        return (*found, "tensor") if axis == "stream" and self.split_stream else found
 
     def sizes(self, devices: int, torus: Sequence[int] = ()) -> dict[str, int]:
         """Mesh axis -> size for this many devices. Raises ValueError when they do not divide.
 
         torus: the sides of the torus that the devices form, if they do.
         """
-        others = self.tensor * self.replica
+        given = {"replica": self.replica, "expert": self.expert, "sequence": self.sequence, "tensor": self.tensor}
+        others = math.prod(given.values())
         data = devices // others if self.data is None else self.data
         if data * others != devices or data < 1:
             raise ValueError(
-                f"layout: replica={self.replica} x data={self.data} x tensor={self.tensor} must be the number of "
-                f"devices, {devices}; set data=None to take what is left, with tensor * replica dividing {devices}"
+                f"layout: data={self.data} x {' x '.join(f'{axis}={n}' for axis, n in given.items())} must be the "
+                f"number of devices, {devices}; set data=None to take what is left, the others dividing {devices}"
             )
         along = dict(zip(DATA, _along(data, torus), strict=False))
-        return dict.fromkeys(MESH_AXES, 1) | {"replica": self.replica, "tensor": self.tensor} | along
+        return dict.fromkeys(MESH_AXES, 1) | given | along
+
+
+def shares(sizes: Mapping[str, int]) -> int:
+    """Into how many parts the rows of a batch are dealt on a mesh of these sizes."""
+    return math.prod(sizes[a] for a in ("replica", *DATA, "expert"))
 
 
 def _along(data: int, torus: Sequence[int]) -> tuple[int, ...]:
@@ -119,11 +147,6 @@ def make_mesh(layout: Layout, devices: Any = None, torus: Sequence[int] | None =
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
 
 
-def batch_ways(sizes: Mapping[str, int]) -> int:
-    """Into how many parts a batch is cut."""
-    return math.prod(sizes[a] for a in ("replica", *DATA))
-
-
 def mesh_sizes() -> Mapping[str, int]:
     """Axis sizes of the context mesh; empty when there is none."""
     return dict(jax.sharding.get_abstract_mesh().shape)
@@ -134,13 +157,12 @@ def partition(
 ) -> PartitionSpec:
     """PartitionSpec of an array whose axes have these logical names, by the compute table.
 
-    Raises ValueError when a mesh axis does not divide heads or ffn, or neither divides kv_heads nor faces a single one.
-    A vocabulary that does not divide stays whole.
+    Raises ValueError when a mesh axis does not divide heads, ffn, experts or a row's length, or neither divides
+    kv_heads nor faces a single one. A vocabulary that does not divide stays whole.
     """
-    rules = dict(layout.rules)
     out: list[tuple[str, ...] | None] = []
     for axis, n in zip(axes, shape, strict=True):
-        mesh_axes = tuple(a for a in rules.get(axis or "", ()) if sizes.get(a, 1) > 1)
+        mesh_axes = tuple(a for a in layout.mesh_axes(axis) if sizes.get(a, 1) > 1)
         cut = math.prod(sizes[a] for a in mesh_axes)
         if n % cut and not (axis == "vocab" or (axis == "kv_heads" and n == 1)):
             raise ValueError(
@@ -150,23 +172,36 @@ def partition(
     return PartitionSpec(*out)
 
 
+def require_length(length: int, layout: Layout, sizes: Mapping[str, int]) -> None:
+    """Raise ValueError when rows of so many tokens cannot be split as the layout says."""
+    partition(("length", "stream"), (length, length), layout, sizes)
+    chunks = 2 * sizes["sequence"]
+    if layout.context == "ring" and sizes["sequence"] > 1 and length % chunks:
+        raise ValueError(
+            f"layout: a ring of sequence={sizes['sequence']} devices cuts rows into {chunks} chunks, which must divide "
+            f"their length, {length}; the next that they do is {-(-length // chunks) * chunks}, or set "
+            'layout.context="all_to_all"'
+        )
+
+
 def storage(param: Param, layout: Layout, sizes: Mapping[str, int]) -> PartitionSpec:
     """PartitionSpec of a master weight and its moments: the compute table, and DATA on one more axis from stage 1 on.
 
-    The data axis goes to the first of embed, ffn, heads, kv_heads, vocab, head_dim, rank that it divides.
+    The data axis goes to the first of embed, ffn, heads, kv_heads, vocab, head_dim, rank that it divides. With it go
+    the axes of experts and sequence, which share the batch as well, where all of them divide.
     """
     spec = partition(param.axes, param.shape, layout, sizes)
     per_layer = math.prod(n for n, a in zip(param.shape, param.axes, strict=True) if a != "layers")
-    added = tuple(a for a in DATA if sizes.get(a, 1) > 1)
-    data = math.prod(sizes[a] for a in added)
-    if layout.zero == 0 or data == 1 or per_layer < layout.replicate_below:
+    taken = {name for entry in spec for name in _names(entry)}
+    over = tuple(a for a in _SHARDERS if sizes.get(a, 1) > 1 and a not in taken)
+    if layout.zero == 0 or per_layer < layout.replicate_below:
         return spec
-    for axis in _STORAGE_ORDER:
-        if axis in param.axes:
+    for more, axis in itertools.product((over, tuple(a for a in over if a in DATA)), _STORAGE_ORDER):
+        if more and axis in param.axes:
             i = param.axes.index(axis)
             used = _names(spec[i])
-            if param.shape[i] % (data * math.prod(sizes[a] for a in used)) == 0:
-                return PartitionSpec(*spec[:i], (*used, *added), *spec[i + 1 :])
+            if param.shape[i] % math.prod(sizes[a] for a in (*used, *more)) == 0:
+                return PartitionSpec(*spec[:i], (*used, *more), *spec[i + 1 :])
     return spec
 
 
@@ -258,19 +293,21 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
 def lookup(declared: Param, table_VD: leaves.Weight, ids_BT: Array, layout: Layout | None, dtype: DTypeLike) -> Array:
     """`leaves.lookup` that shards: rows [B, T, D] in the batch layout, without gathering the table.
 
-    Where the table's D is spread over DATA (ZeRO), each device looks up every row's own slice of D, and an
+    Where the table's D is spread (ZeRO), each device looks up its slice of D for the rows of all that share it, and an
     all-to-all turns [B, T, D/n] into [B/n, T, D]. Its gradient is then local to the slice: no [V, D] sum exists.
     """
     sizes = mesh_sizes()
     if layout is None or not sizes:
         return leaves.lookup(table_VD, ids_BT, dtype)
     width = _names(storage(declared, layout, sizes)[1])
-    if set(width) & set(DATA):
-        batch = _names(partition(("batch",), (ids_BT.shape[0],), layout, sizes)[0])
-        rest = tuple(a for a in batch if a not in width) or None
-        ids_BT = jax.lax.with_sharding_constraint(ids_BT, PartitionSpec(rest, None))
-        rows = leaves.lookup(table_VD, ids_BT, dtype)
-        rows = jax.lax.with_sharding_constraint(rows, PartitionSpec(rest, None, width))
-    else:
-        rows = leaves.lookup(table_VD, ids_BT, dtype)
-    return constrain(rows, ("batch", None, None), layout)
+    homes = partition(("batch", "length"), ids_BT.shape, layout, sizes)
+
+    def away(n: int) -> list[tuple[str, ...] | None]:
+        """Where ids lie while the first n axes of `width` are busy with D."""
+        return [tuple(a for a in _names(home) if a not in width[:n]) or None for home in homes]
+
+    ids_BT = jax.lax.with_sharding_constraint(ids_BT, PartitionSpec(*away(len(width))))
+    rows = leaves.lookup(table_VD, ids_BT, dtype)
+    for n in range(len(width), 0, -1):  # home along one axis after the other, the minor first: all-to-alls
+        rows = jax.lax.with_sharding_constraint(rows, PartitionSpec(*away(n), width[:n]))
+    return constrain(rows, ("batch", "stream", None), layout)

@@ -20,6 +20,7 @@ from jaxllm.cache import Caches, Rows
 from jaxllm.config import GQA, Block, Stack, Transformer
 from jaxllm.nn.attention import Cached, Given, attention, attention_params, cross_attention, cross_params, keys_values
 from jaxllm.nn.attention import memory_rows as layer_memory
+from jaxllm.nn.context import in_ring_order, in_row_order
 from jaxllm.nn.embedding import embed, embed_params
 from jaxllm.nn.head import classifier_params, classify, head_kernel, head_params, logits
 from jaxllm.nn.moe import ffn, ffn_params
@@ -162,17 +163,17 @@ def block(
         h = norm(p["attn_norm"], cfg.norm, x)
         taps["attn"], extra["attn"] = attend(h)
         taps["ffn"], extra["ffn"] = feed(h if cfg.place == "shared" else norm(p["ffn_norm"], cfg.norm, x))
-        x = x + drop(_scaled(taps["attn"] + taps["ffn"], cfg.branch_scale), 0)
+        both = constrain(taps["attn"] + taps["ffn"], ("batch", "stream", None), given.runtime.layout)
+        x = x + drop(_scaled(both, cfg.branch_scale), 0)
     else:
         branches = {"attn": attend, "ffn": feed} if cfg.cross is None else {"attn": attend, "cross": cross, "ffn": feed}
         for place, (name, branch) in enumerate(branches.items()):
-            x, taps[name], extra[name] = _residual(p, cfg, name, x, branch, partial(drop, place=place))
-    x = constrain(x, ("batch", None, None), given.runtime.layout)
+            x, taps[name], extra[name] = _residual(p, cfg, name, x, branch, partial(drop, place=place), given.runtime)
     return x, (extra["attn"], {name: taps[name] for name in given.runtime.taps}, extra["ffn"])
 
 
 def _residual(
-    p: Any, cfg: Block, name: str, x: Float[Array, "B T D"], branch: Any, drop: Any
+    p: Any, cfg: Block, name: str, x: Float[Array, "B T D"], branch: Any, drop: Any, runtime: Runtime
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Any]:
     """x with one branch added, what was added, and what else the branch gives."""
 
@@ -181,6 +182,7 @@ def _residual(
 
     h = normed("_norm", x) if cfg.place in ("pre", "sandwich", "normed") else x
     y, extra = branch(h)
+    y = constrain(y, ("batch", "stream", None), runtime.layout)  # sums over tensor end here
     match cfg.place:
         case "sandwich":
             y = normed("_post_norm", y)
@@ -314,11 +316,15 @@ def forward(
     caches: only read; the new rows come back in `Output.rows` for `cache.commit`. None: no rows are kept.
     key: of dropout; None: none. Ids outside the vocabulary, and learned positions outside their table, give NaN.
     """
-    x = embed(params, spec, inputs, runtime)
-    given = Given(inputs, tables(params, spec.stacks, inputs.position_BT), runtime, spec.causal, key)
+    turned = in_ring_order(spec, inputs, runtime)
+    x = embed(params, spec, turned, runtime)
+    given = Given(turned, tables(params, spec.stacks, turned.position_BT), runtime, spec.causal, key)
     x, rows, aux = run_stacks(params, spec.stacks, x, given, caches)
     if spec.norm is not None:
         x = norm(params["norm"], spec.norm, x)
+    if turned is not inputs:
+        x, taps = jax.tree.map(partial(in_row_order, runtime=runtime), (x, aux.taps))
+        aux = aux.replace(taps=taps)  # type: ignore[attr-defined]
     return Output(x, rows, aux)
 
 

@@ -9,20 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.experiment import Optimizer
+from jaxllm.experiment import Balance, Optimizer
 from jaxllm.models.presets import PRESETS, toy
+from jaxllm.nn.context import in_ring_order
 from jaxllm.objectives.lm import lm_loss
-from jaxllm.params import Constant, Normal, Param
-from jaxllm.records import Batch
+from jaxllm.params import Constant, Normal, Param, init, paths
+from jaxllm.records import Batch, inputs
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import DATA, MESH_AXES, Layout, make_mesh, partition, storage, torus_of
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.step import abstract_state, batch_sharding, init_state, make_step
-from jaxllm.transformer import transformer_params
+from jaxllm.transformer import forward, transformer_params
 
 SPEC = toy(PRESETS["gemma2_2b"](), vocab=96, dim=64)
+MIXTURE = toy(PRESETS["mixtral_8x7b"](), vocab=96, dim=64)
 TREE = transformer_params(SPEC)
-OPTIMIZER = make_optimizer(Optimizer(peak_lr=1e-2, warmup_steps=2, decay_steps=20), TREE)
+CHOICE = Optimizer(peak_lr=1e-2, warmup_steps=2, decay_steps=20)
+OPTIMIZER = make_optimizer(CHOICE, TREE)
 STEPS = 20
 
 
@@ -36,21 +39,24 @@ def batch_of(step):
     return Batch(ids[:, :-1], ids[:, 1:], weight, segment.astype(np.int32), position.astype(np.int32), channel)
 
 
-def losses(layout, accumulate=1, torus=(), steps=STEPS):
+def losses(layout, accumulate=1, torus=(), steps=STEPS, spec=SPEC):
     runtime = Runtime(layout=layout, vocab_chunk=40)
     mesh = make_mesh(layout or Layout(), jax.devices()[: 1 if layout is None else 8], torus)
+    tree = transformer_params(spec)
+    optimizer = make_optimizer(CHOICE, tree)
     step = make_step(
-        lambda params, batch, key: lm_loss(params, SPEC, batch, runtime, key, channels=2),
-        OPTIMIZER, TREE, runtime, accumulate=accumulate,
+        lambda params, batch, key: lm_loss(params, spec, batch, runtime, key, channels=2, balance=Balance()),
+        optimizer, tree, runtime, accumulate=accumulate, layer_norms=True,
     )  # fmt: skip
     with jax.set_mesh(mesh):
-        places = jax.tree.map(lambda x: x.sharding, abstract_state(TREE, OPTIMIZER, runtime, mesh))
-        state = jax.jit(partial(init_state, TREE, OPTIMIZER), out_shardings=places)(jax.random.key(0))
+        places = jax.tree.map(lambda x: x.sharding, abstract_state(tree, optimizer, runtime, mesh))
+        state = jax.jit(partial(init_state, tree, optimizer), out_shardings=places)(jax.random.key(0))
         out = []
         for i in range(steps):
             batch = jax.device_put(batch_of(i), batch_sharding(runtime, mesh))
             state, metrics = step(state, batch)
-            out.append([float(metrics["loss"]), float(metrics["grad_norm"]), *map(float, metrics["channel_nll"])])
+            norms = [metrics[f"grad_norm/{path}"] for path, _ in paths(tree)]
+            out.append([*map(float, [metrics["loss"], metrics["grad_norm"], *metrics["channel_nll"], *norms])])
         assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places))), (
             "a step must not change where the state lives"
         )
@@ -58,8 +64,8 @@ def losses(layout, accumulate=1, torus=(), steps=STEPS):
 
 
 @cache
-def one_device():
-    return losses(None)
+def one_device(spec=SPEC, steps=STEPS):
+    return losses(None, steps=steps, spec=spec)
 
 
 LAYOUTS = {
@@ -71,14 +77,47 @@ LAYOUTS = {
     "tensor": (Layout(tensor=2, zero=0), 1, ()),
     "zero3 x tensor on a torus": (Layout(tensor=2, zero=3), 1, (2, 4)),
     "replica x zero1 x tensor accumulated": (Layout(replica=2, tensor=2, zero=1), 2, ()),
+    "ring x zero3": (Layout(sequence=4, zero=3), 1, ()),
+    "ring x zero1 x tensor, stream split, accumulated": (
+        Layout(sequence=2, tensor=2, zero=1, split_stream=True),
+        2,
+        (),
+    ),
+    "all to all x zero3 x tensor, stream split": (
+        Layout(sequence=2, tensor=2, zero=3, context="all_to_all", split_stream=True),
+        1,
+        (),
+    ),
+    "ring of 8": (Layout(sequence=8, zero=0), 1, ()),
+    "all to all x zero1": (Layout(sequence=4, zero=1, context="all_to_all"), 1, ()),
+    "zero3 x tensor, stream split": (Layout(tensor=2, zero=3, split_stream=True), 1, ()),
 }
+SLOW = (
+    "ring of 8",
+    "all to all x zero1",
+    "ring x zero1 x tensor, stream split, accumulated",
+    "zero3 x tensor, stream split",
+)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in LAYOUTS])
 def test_layout_gives_the_losses_of_one_device(name):
     layout, accumulate, torus = LAYOUTS[name]
     got = losses(dataclasses.replace(layout, replicate_below=0), accumulate, torus)
     assert_same(got, one_device())
+
+
+EXPERTS = {
+    "expert x zero3 x tensor": Layout(expert=2, tensor=2, zero=3),
+    "expert x zero3, rounds": Layout(expert=4, zero=3, spare=0.3),
+    "expert x ring x zero1 x stream split": Layout(expert=2, sequence=2, tensor=2, zero=1, split_stream=True),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (i > 0)) for i, x in enumerate(EXPERTS)])
+def test_experts_on_other_devices_give_the_losses_of_one(name):
+    got = losses(dataclasses.replace(EXPERTS[name], replicate_below=0), steps=10, spec=MIXTURE)
+    assert_same(got, one_device(MIXTURE, 10))
 
 
 def test_accumulation_equals_the_big_batch():
@@ -87,10 +126,14 @@ def test_accumulation_equals_the_big_batch():
 
 
 def assert_same(got, want):
-    """Losses (column 0, by channel from 2 on) to 1e-5 at all steps; the gradient norm while nothing has drifted."""
+    """Losses (column 0, by channel in 2 and 3) to 1e-5 at all steps; the gradient's norm while nothing has drifted.
+
+    Every parameter's own gradient norm (from column 4 on) at the first step.
+    """
     loss = [0, 2, 3]
     np.testing.assert_allclose(got[:, loss], want[:, loss], rtol=1e-5)
     np.testing.assert_allclose(got[:3, 1], want[:3, 1], rtol=1e-5)
+    np.testing.assert_allclose(got[0, 4:], want[0, 4:], rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ rule tables
@@ -115,6 +158,19 @@ def test_storage_table(axes, shape, zero, want):
     layout = Layout(data=4, tensor=2, zero=zero, replicate_below=0)
     got = storage(Param(shape, axes, Normal(1.0)), layout, SIZES)
     assert tuple(got) == want
+
+
+def test_zero_spreads_over_all_that_share_the_batch():
+    """Over sequence and expert too; over data alone where all do not divide; an expert's weights not over experts."""
+    layout, sizes = Layout(sequence=2, expert=2, replicate_below=0), SIZES | {"sequence": 2, "expert": 2, "data": 2}
+
+    def stored(shape, *axes):
+        return tuple(storage(Param(shape, axes, Normal(1.0)), layout, sizes))
+
+    assert stored((64, 128), "embed", "ffn") == (("sequence", "expert", "data"), "tensor")
+    assert stored((6, 8), "embed", "head_dim") == (None, ("sequence", "expert", "data"))
+    assert stored((6, 10), "embed", "head_dim") == ("data", None)
+    assert stored((4, 64, 128), "experts", "embed", "ffn") == ("expert", ("sequence", "data"), "tensor")
 
 
 def test_small_parameters_stay_whole():
@@ -171,3 +227,28 @@ def test_masters_are_spread():
     local = sum(int(np.prod(x.sharding.shard_shape(x.shape))) for x in jax.tree.leaves(state))
     assert local == pytest.approx(whole / 8, rel=0.01)
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
+
+
+def test_a_row_that_does_not_divide_is_refused():
+    """Before any work: while the step is traced."""
+    with jax.set_mesh(make_mesh(Layout(sequence=8))):
+        runtime = Runtime(layout=Layout(sequence=8))
+        with pytest.raises(
+            ValueError,
+            match="cuts rows into 16 chunks, which must divide their length, 24; the next that they do is 32",
+        ):
+            in_ring_order(SPEC, inputs(jnp.zeros((1, 24), jnp.int32)), runtime)
+        with pytest.raises(ValueError, match=r"size 8 must divide length=20"):
+            partition(("length",), (20,), Layout(sequence=8), dict(make_mesh(Layout(sequence=8)).shape))
+    with pytest.raises(ValueError, match=r"sequence=3 x tensor=1 must be the number of devices, 8"):
+        Layout(sequence=3).sizes(8)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    layout = Layout(sequence=8, context="all_to_all")  # 4 heads
+    runtime, params = Runtime(layout=layout), jax.eval_shape(lambda: init(TREE, jax.random.key(0)))
+    with (
+        jax.set_mesh(make_mesh(layout)),
+        pytest.raises(ValueError, match=r'sequence=8 must divide the heads of a device, 4.*layout.context="ring"'),
+    ):
+        jax.eval_shape(lambda p: forward(p, SPEC, inputs(jnp.zeros((1, 16), jnp.int32)), runtime), params)

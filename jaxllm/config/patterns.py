@@ -173,6 +173,14 @@ class Or(_Algebra):
     right: Pattern
 
 
+@dataclass(frozen=True)
+class Later(_Algebra):
+    """`pattern` for queries that stand `by` slots further on than their numbers say (a part of a longer row)."""
+
+    pattern: Pattern
+    by: int
+
+
 Pattern = (
     Full
     | Causal
@@ -188,4 +196,5 @@ Pattern = (
     | BigBird
     | And
     | Or
+    | Later
 )

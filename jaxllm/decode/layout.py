@@ -25,10 +25,14 @@ def laid_out(params: Params, spec: Transformer, runtime: Runtime) -> Params:
 
 
 def spread(runtime: Runtime, rows: int) -> Runtime:
-    """The runtime for so many rows: those that the batch axes of the context mesh do not divide stay whole."""
+    """The runtime for so many rows: those that the batch axes of the context mesh do not divide stay whole.
+
+    Rows are never cut along their length: a decoding step has one token of each.
+    """
     layout, sizes = runtime.layout, mesh_sizes()
     if layout is None or not sizes:
         return runtime
-    ways = math.prod(sizes[axis] for axis in dict(layout.rules).get("batch", ()))
-    rules = tuple((name, axes) for name, axes in layout.rules if name != "batch" or rows % ways == 0)
-    return replace(runtime, layout=replace(layout, rules=rules))
+    ways = math.prod(sizes[axis] for axis in layout.mesh_axes("batch"))
+    dropped = ("length", "stream") if rows % ways == 0 else ("length", "stream", "batch")
+    rules = tuple((name, axes) for name, axes in layout.rules if name not in dropped)
+    return replace(runtime, layout=replace(layout, rules=rules, split_stream=False))

@@ -11,11 +11,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import config
 from jaxllm.kernels.pattern import allowed
-from jaxllm.kernels.reference import Names, precision
+from jaxllm.kernels.reference import MASKED, Names, precision
 from jaxllm.kernels.schedule import Arrays, Schedule, Shape, choose
 from jaxllm.records import Mask
 
 LOG2_E = math.log2(math.e)
+
+
+class Part(NamedTuple):
+    """A piece of a longer attention: some of the keys, for some of the queries, slots counted from the first of each.
+
+    Every kernel has for it `part_forward` (its result and the log-sum-exp of its rows, MASKED where no key is seen) and
+    `part_backward` (its share of the gradients, given the result and the log-sum-exp over all keys). Heads come first:
+    q, o [B, N, T, H], k, v [B, K, S, H], log-sum-exp [B, N, T].
+    """
+
+    pattern: config.Pattern
+    mask: Mask
+    scale: float
+    softcap: float | None
 
 
 class Call(NamedTuple):
@@ -65,20 +79,14 @@ def arrays_of(mask: Mask) -> Arrays:
 
 
 def operands(call: Call, q: Array, k: Array, v: Array, mask: Mask) -> Operands:
-    """Heads first, and whole blocks. q: [B, T, N, H]; k, v: [B, S, K, H]."""
+    """Whole blocks. q: [B, N, T, H]; k, v: [B, K, S, H]."""
     return Operands(
-        _heads(q, call.block_q),
-        _heads(k, call.block_k),
-        _heads(v, call.block_k),
+        padded(q, call.block_q),
+        padded(k, call.block_k),
+        padded(v, call.block_k),
         _row(mask.q_segment_BT, call.block_q),
         _row(mask.k_segment_BS, call.block_k),
     )
-
-
-def _heads(x_BTNH: Float[Array, "B T N H"], block: int) -> Float[Array, "BN t H"]:
-    B, T, N, H = x_BTNH.shape
-    x = jnp.pad(x_BTNH.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, -T % block), (0, 0)))
-    return x.reshape(B * N, -1, H)
 
 
 def _row(segment_BT: Int[Array, "B T"] | None, block: int) -> Int[Array, "B 1 t"] | None:
@@ -89,7 +97,36 @@ def _row(segment_BT: Int[Array, "B T"] | None, block: int) -> Int[Array, "B 1 t"
 
 def result(call: Call, o: Float[Array, "BN t h"]) -> Float[Array, "B T N h"]:
     """Back from heads first."""
-    return o[:, : call.T].reshape(-1, call.N, call.T, o.shape[-1]).transpose(0, 2, 1, 3)
+    return unpadded(o, call.N, call.T).swapaxes(1, 2)
+
+
+def part_call(part: Part, q: Array, k: Array, blocks: tuple[int, int], interpret: bool) -> Call:
+    """The static side of a kernel that computes `part`."""
+    (N, T), (K, S) = q.shape[1:3], k.shape[1:3]
+    return Call(part.pattern, part.scale, part.softcap, N, K, T, S, *blocks, arrays_of(part.mask), interpret)
+
+
+def part_rows(call: Call, lse: Float[Array, "BN t"]) -> Float[Array, "B N T"]:
+    """A kernel's log-sum-exp (in powers of two, -MASKED where no key is seen) as `Part` wants it."""
+    rows = unpadded(lse[..., None], call.N, call.T)[..., 0]
+    return jnp.where(rows < -MASKED / 2, rows / LOG2_E, MASKED)
+
+
+def kernel_rows(call: Call, lse_BNT: Float[Array, "B N T"]) -> Float[Array, "BN t"]:
+    """The inverse, padded to whole blocks with rows that see no key."""
+    lse = jnp.where(lse_BNT > MASKED / 2, lse_BNT * LOG2_E, -MASKED).reshape(-1, call.T)
+    return jnp.pad(lse, ((0, 0), (0, -call.T % call.block_q)), constant_values=-MASKED)
+
+
+def padded(x_BNTH: Float[Array, "B N T H"], block: int) -> Float[Array, "BN t H"]:
+    """The length padded to whole blocks, batch and heads in one."""
+    B, N, T, H = x_BNTH.shape
+    return jnp.pad(x_BNTH, ((0, 0), (0, 0), (0, -T % block), (0, 0))).reshape(B * N, -1, H)
+
+
+def unpadded(x: Float[Array, "BN t H"], heads: int, length: int) -> Float[Array, "B N T H"]:
+    """The inverse of `padded`."""
+    return x[:, :length].reshape(-1, heads, length, x.shape[-1])
 
 
 def codes(call: Call, plan: Schedule, shape: Shape, x: Operands, prefix: Array | None) -> tuple[Array, Array]:

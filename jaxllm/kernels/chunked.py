@@ -21,9 +21,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxllm import config
+from jaxllm.kernels.call import Part
 from jaxllm.kernels.modifiers import NONE, Modifiers, bias, bucket
 from jaxllm.kernels.pattern import Blocks, Kind, kinds
-from jaxllm.kernels.reference import MASKED, NOWHERE, Names, group, names, precision, ungroup, visible
+from jaxllm.kernels.reference import MASKED, NOWHERE, Names, names, precision, visible
 from jaxllm.records import Mask
 
 BLOCK = 512  # queries and keys per block: scores of one head are 1 MiB, which a CPU's cache holds
@@ -77,19 +78,55 @@ def chunked(
     block: int = BLOCK,
 ) -> Float[Array, "B T N H"]:
     """Attention that never holds more than [block, block] scores per head; differentiable in q, k, v and modifiers."""
-    T, (S, K) = q_BTNH.shape[1], k_BSKH.shape[1:3]
+    part = Part(pattern, mask, scale, softcap)
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+    call, shares, fixed = _prepare(part, q, k, v, modifiers, block)
+    o: Any = _attend(call, shares, fixed, Learned(modifiers.sinks_N, modifiers.table_RN))
+    return _rows(o, q_BTNH.shape[1]).swapaxes(1, 2)
+
+
+def _prepare(part: Part, q: Array, k: Array, v: Array, modifiers: Modifiers, block: int) -> tuple[Call, Shares, Fixed]:
+    """q: [B, N, T, H].  k, v: [B, K, S, H]."""
+    mask, m, T, S = part.mask, modifiers, q.shape[2], k.shape[2]
     block_q, block_k = _block(T, block), _block(S, block)
-    lists, m = _lists(pattern, mask, T, S, block_q, block_k), modifiers
-    call = Call(pattern, scale, softcap, m.alibi, m.relative, lists, precision(q_BTNH.dtype))
+    lists = _lists(part.pattern, mask, T, S, block_q, block_k)
+    call = Call(part.pattern, part.scale, part.softcap, m.alibi, m.relative, lists, precision(q.dtype))
     shift = None if m.shift_BT is None else _cut(m.shift_BT, 1, block_q)
     fixed = Fixed(_cut_names(names(mask, T, S), block_q, block_k), m.slopes_N, shift)
-    shares = Shares(
-        _cut(group(q_BTNH, K), 3, block_q),
-        _cut(k_BSKH.transpose(0, 2, 1, 3), 2, block_k),
-        _cut(v_BSKH.transpose(0, 2, 1, 3), 2, block_k),
-    )
-    o: Any = _attend(call, shares, fixed, Learned(m.sinks_N, m.table_RN))
-    return ungroup(_join(o, 3)[:, :, :, :T])
+    shares = Shares(_queries(q, k.shape[1], block_q), _cut(k, 2, block_k), _cut(v, 2, block_k))
+    return call, shares, fixed
+
+
+def _queries(x_BNTH: Float[Array, "B N T H"], kv_heads: int, block: int) -> Float[Array, "nq B K G c H"]:
+    """Blocks of queries, heads by the kv head that they share."""
+    B, N, T, H = x_BNTH.shape
+    return _cut(x_BNTH.reshape(B, kv_heads, N // kv_heads, T, H), 3, block)
+
+
+def _rows(x: Float[Array, "nq B K G c H"], length: int) -> Float[Array, "B N T H"]:
+    """The inverse of `_queries`."""
+    x = _join(x, 3)[:, :, :, :length]
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def part_forward(part: Part, q: Array, k: Array, v: Array) -> tuple[Float[Array, "B N T h"], Float[Array, "B N T"]]:
+    """Attention to some of the keys, and the log-sum-exp of each row; see `Part`."""
+    o, (*_, lse) = _forward(*_prepare(part, q, k, v, NONE, BLOCK), Learned(None, None))
+    lse_BNT = _rows(lse[..., None], q.shape[2])[..., 0]
+    return _rows(o, q.shape[2]), jnp.where(lse_BNT < -MASKED / 2, lse_BNT, MASKED)
+
+
+def part_backward(
+    part: Part, qkv: tuple[Array, Array, Array], out: tuple[Array, Array, Array]
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S h"]]:
+    """Gradients of q, k, v through some of the keys. out: o, log-sum-exp over all keys, gradient of o."""
+    (q, k, _), (o, lse, do) = qkv, out
+    call, shares, fixed = _prepare(part, *qkv, NONE, BLOCK)
+    whole = jnp.where(lse > MASKED / 2, lse, -MASKED)[..., None]
+    o, lse, do = (_queries(x, k.shape[1], shares.q.shape[4]) for x in (o, whole, do))
+    grads, *_ = _backward(call, (shares, fixed, Learned(None, None), o, lse[..., 0]), do)
+    dk, dv = (_join(x, 2)[:, :, : k.shape[2]] for x in (grads.k, grads.v))
+    return _rows(grads.q, q.shape[2]), dk, dv
 
 
 def _block(length: int, most: int) -> int:

@@ -21,7 +21,22 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
 from jaxllm import config
-from jaxllm.kernels.call import Call, Operands, arrays_of, codes, dot, may_meet, operands, result, scores
+from jaxllm.kernels.call import (
+    Call,
+    Operands,
+    Part,
+    codes,
+    dot,
+    kernel_rows,
+    may_meet,
+    operands,
+    padded,
+    part_call,
+    part_rows,
+    result,
+    scores,
+    unpadded,
+)
 from jaxllm.kernels.reference import MASKED
 from jaxllm.kernels.schedule import PLAIN, SKIP, schedule
 from jaxllm.records import Mask
@@ -88,13 +103,41 @@ def flash_gpu(
 
     Raises ValueError when `mask` has slots as arrays.
     """
-    arrays, (T, N, H), (S, K) = arrays_of(mask), q_BTNH.shape[1:], k_BSKH.shape[1:3]
-    cut = cut_for(T, S, _power(H), q_BTNH.dtype)
-    call = Call(pattern, scale, softcap, N, K, T, S, cut.forward.q, cut.forward.k, arrays, interpret)
-    widths = ((0, 0), (0, 0), (0, 0), (0, _power(H) - H))
-    q, k, v = (jnp.pad(x, widths) for x in (q_BTNH, k_BSKH, v_BSKH))
-    o: Any = _attend(call, cut, operands(call, q, k, v, mask), mask.prefix_B)
-    return result(call, o)[..., :H]
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+    call, cut, x = _prepare(Part(pattern, mask, scale, softcap), q, k, v, interpret)
+    o: Any = _attend(call, cut, x, mask.prefix_B)
+    return result(call, o)[..., : q_BTNH.shape[3]]
+
+
+def _prepare(part: Part, q: Array, k: Array, v: Array, interpret: bool) -> tuple[Call, Cut, Operands]:
+    cut = cut_for(q.shape[2], k.shape[2], _power(q.shape[3]), q.dtype)
+    call = part_call(part, q, k, (cut.forward.q, cut.forward.k), interpret)
+    return call, cut, operands(call, _widened(q), _widened(k), _widened(v), part.mask)
+
+
+def _widened(x: Float[Array, "B N T H"]) -> Float[Array, "B N T h"]:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, _power(x.shape[3]) - x.shape[3])))
+
+
+def part_forward(
+    part: Part, q: Array, k: Array, v: Array, interpret: bool = False
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
+    """Attention to some of the keys, and the log-sum-exp of each row; see `Part`."""
+    call, cut, x = _prepare(part, q, k, v, interpret)
+    o, (*_, lse) = _forward(call, cut, x, part.mask.prefix_B)
+    return unpadded(o, call.N, call.T)[..., : q.shape[3]], part_rows(call, lse)
+
+
+def part_backward(
+    part: Part, qkv: tuple[Array, Array, Array], out: tuple[Array, Array, Array], interpret: bool = False
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """Gradients of q, k, v through some of the keys. out: o, log-sum-exp over all keys, gradient of o."""
+    call, cut, x = _prepare(part, *qkv, interpret)
+    o, do = (padded(_widened(y), call.block_q) for y in (out[0], out[2]))
+    grads, *_ = _backward(call, cut, (x, part.mask.prefix_B, o, kernel_rows(call, out[1])), do)
+    dk, dv = (unpadded(y, call.K, call.S) for y in (grads.k, grads.v))
+    H = qkv[0].shape[3]
+    return unpadded(grads.q, call.N, call.T)[..., :H], dk[..., :H], dv[..., :H]
 
 
 # ------------------------------------------------------------------------------------------------------- what is met

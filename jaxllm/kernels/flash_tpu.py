@@ -27,7 +27,22 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from jaxllm import config
-from jaxllm.kernels.call import LOG2_E, Call, Operands, arrays_of, dot, may_meet, operands, result, scores
+from jaxllm.kernels.call import (
+    LOG2_E,
+    Call,
+    Operands,
+    Part,
+    dot,
+    kernel_rows,
+    may_meet,
+    operands,
+    padded,
+    part_call,
+    part_rows,
+    result,
+    scores,
+    unpadded,
+)
 from jaxllm.kernels.modifiers import NONE, Modifiers
 from jaxllm.kernels.reference import MASKED
 from jaxllm.kernels.schedule import Schedule, Variant, schedule
@@ -57,15 +72,43 @@ def flash_tpu(
     modifiers: an `Alibi` that does not round, and sinks.  cut: block and tile sizes, None for those of the chip in the
     context. Raises ValueError for slot arrays and for other modifiers.
     """
-    arrays, (T, N, H), (S, K), m = arrays_of(mask), q_BTNH.shape[1:], k_BSKH.shape[1:3], modifiers
+    m = modifiers
     if m.table_RN is not None or (m.alibi is not None and m.alibi.rounded):
         raise ValueError(f'flash_tpu: no learned biases, no rounded slopes, got {m.relative or m.alibi}; use "chunked"')
-    cut = sizes(T, S, H, q_BTNH.dtype) if cut is None else cut
     alibi = m.slopes_N is not None and m.alibi is not None
-    call = Call(pattern, scale, softcap, N, K, T, S, cut.block_q, cut.block_k, arrays, interpret, alibi)
     slopes = m.slopes_N * (m.alibi.scale * LOG2_E) if alibi else None  # type: ignore[operator, union-attr]
-    fixed = Fixed(mask.prefix_B, slopes)
-    return result(call, _attend(call, cut, operands(call, q_BTNH, k_BSKH, v_BSKH, mask), fixed, m.sinks_N))
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+    call, cut, x = _prepare(Part(pattern, mask, scale, softcap), q, k, v, cut, interpret)
+    return result(call, _attend(call._replace(alibi=alibi), cut, x, Fixed(mask.prefix_B, slopes), m.sinks_N))
+
+
+def _prepare(
+    part: Part, q: Array, k: Array, v: Array, cut: Sizes | None, interpret: bool
+) -> tuple[Call, Sizes, Operands]:
+    cut = sizes(q.shape[2], k.shape[2], q.shape[3], q.dtype) if cut is None else cut
+    call = part_call(part, q, k, (cut.block_q, cut.block_k), interpret)
+    return call, cut, operands(call, q, k, v, part.mask)
+
+
+def part_forward(
+    part: Part, q: Array, k: Array, v: Array, interpret: bool = False
+) -> tuple[Float[Array, "B N T h"], Float[Array, "B N T"]]:
+    """Attention to some of the keys, and the log-sum-exp of each row; see `Part`."""
+    call, cut, x = _prepare(part, q, k, v, None, interpret)
+    o, (*_, lse) = _forward(call, cut, x, Fixed(part.mask.prefix_B, None), None)
+    return unpadded(o, call.N, call.T), part_rows(call, lse[:, 0])
+
+
+def part_backward(
+    part: Part, qkv: tuple[Array, Array, Array], out: tuple[Array, Array, Array], interpret: bool = False
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B K S H"], Float[Array, "B K S h"]]:
+    """Gradients of q, k, v through some of the keys. out: o, log-sum-exp over all keys, gradient of o."""
+    call, cut, x = _prepare(part, *qkv, None, interpret)
+    o, do = (padded(y, call.block_q) for y in (out[0], out[2]))
+    saved = x, Fixed(part.mask.prefix_B, None), None, o, kernel_rows(call, out[1])[:, None]
+    grads, *_ = _backward(call, cut, saved, do)
+    dk, dv = (unpadded(y, call.K, call.S) for y in (grads.k, grads.v))
+    return unpadded(grads.q, call.N, call.T), dk, dv
 
 
 # ------------------------------------------------------------------------------------------------------ inside a block

@@ -59,6 +59,8 @@ def allowed(pattern: config.Pattern, q_slot: Slots, k_slot: Slots) -> Any:
             found = allowed(left, q_slot, k_slot) & allowed(right, q_slot, k_slot)
         case config.Or(left, right):
             found = allowed(left, q_slot, k_slot) | allowed(right, q_slot, k_slot)
+        case config.Later(pattern, by):
+            found = allowed(pattern, q_slot + by, k_slot)
         case other:
             assert_never(other)
     return found
@@ -94,9 +96,24 @@ def block_kind(pattern: config.Pattern, q_lo: Slots, q_hi: Slots, k_lo: Slots, k
         case config.Or(left, right):
             bounds = (q_lo, q_hi, k_lo, k_hi)
             found = np.maximum(block_kind(left, *bounds), block_kind(right, *bounds))
+        case config.Later(pattern, by):
+            found = block_kind(pattern, q_lo + by, q_hi + by, k_lo, k_hi)
         case other:
             assert_never(other)
     return found
+
+
+def by_distance(pattern: config.Pattern) -> bool:
+    """Whether only the distance of two slots matters, not where they stand."""
+    match pattern:
+        case config.Full() | config.Causal() | config.Local() | config.Dilated():
+            return True
+        case config.And(left, right) | config.Or(left, right):
+            return by_distance(left) and by_distance(right)
+        case config.Later(pattern):
+            return by_distance(pattern)
+        case _:
+            return False
 
 
 def kinds(pattern: config.Pattern, T: int, S: int, block_q: int, block_k: int) -> Int[np.ndarray, "nq nk"]:

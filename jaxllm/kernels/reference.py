@@ -57,18 +57,6 @@ def precision(dtype: jnp.dtype) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
-def group(q_BTNH: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K G T H"]:
-    """Query heads by the kv head they share; query head n uses kv head n // G."""
-    B, T, N, H = q_BTNH.shape
-    return q_BTNH.reshape(B, T, kv_heads, N // kv_heads, H).transpose(0, 2, 3, 1, 4)
-
-
-def ungroup(o_BKGTH: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
-    """The inverse of `group`."""
-    B, K, G, T, H = o_BKGTH.shape
-    return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
-
-
 def reference(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],

@@ -23,10 +23,11 @@ from jaxllm.kernels.attention import attention as attention_op
 from jaxllm.kernels.bigbird import at_length
 from jaxllm.kernels.modifiers import NONE, Modifiers, bias
 from jaxllm.kernels.reference import names, visible
+from jaxllm.nn.context import around_ring, over_heads, require_plain, ring_of, split_axis
 from jaxllm.nn.position import Tables
 from jaxllm.records import Inputs, Mask
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import mesh_sizes, partition
+from jaxllm.sharding import Layout, mesh_sizes, partition
 
 Cached = tuple[KV, Int[Array, ""] | int]  # a stacked cache, and this layer's index in it
 NewRows = tuple[Float[Array, "B K T H"], Float[Array, "B K T h"]]
@@ -71,7 +72,14 @@ def self_attend(
     if isinstance(scoring.pattern, BigBird) and not scoring.pattern.whole(q.shape[1]):
         mask = replace(mask, q_segment_BT=inputs.segment_BT)
         k, v, mask = _again(scoring.pattern, k, v, mask)
-    return attend(q, k, v, scoring._replace(pattern=at_length(scoring.pattern, q.shape[1])), mask, given.runtime)
+    scoring, runtime = scoring._replace(pattern=at_length(scoring.pattern, q.shape[1])), given.runtime
+    dealt = given.causal and inputs.slot_BT is not None
+    shape = scoring.pattern, scoring.scale, scoring.softcap
+    ring = ring_of(*shape, runtime, resolve_backend(runtime), dealt)
+    if ring is None or runtime.layout is None:
+        return attend(q, k, v, scoring, mask, runtime)
+    require_plain(mask, scoring.modifiers)
+    return around_ring(q, k, v, (mask.q_segment_BT, mask.k_segment_BS), ring, runtime.layout)
 
 
 def _again(pattern: BigBird, k: Array, v: Array, mask: Mask) -> tuple[Array, Array, Mask]:
@@ -107,36 +115,49 @@ def attend(
     mask: Mask,
     runtime: Runtime,
 ) -> Float[Array, "B T N h"]:
-    """The attention op on the context mesh: batch and heads are split by the layout, each device runs the kernel."""
+    """The attention op on the context mesh: batch and heads are split by the layout, each device runs the kernel.
+
+    Where tokens are split too ("all_to_all"), heads take their place for as long as the kernel runs.
+    """
     backend = resolve_backend(runtime)
     op = partial(attention_op, pattern=scoring.pattern, scale=scoring.scale, softcap=scoring.softcap, backend=backend)
 
     def run(q: Array, k: Array, v: Array, mask: Mask, modifiers: Modifiers) -> Array:
         return op(q, k, v, mask=mask, modifiers=modifiers)
 
-    sizes = mesh_sizes()
-    if backend in ("reference", "chunked") or runtime.layout is None or not sizes:
-        return run(q, k, v, mask, scoring.modifiers)
+    layout, m = runtime.layout, scoring.modifiers
+    turns = layout is not None and layout.context == "all_to_all" and q.shape[1] == k.shape[1]
+    axis = split_axis(layout) if turns else None
+    if (backend in ("reference", "chunked") and axis is None) or layout is None or not mesh_sizes():
+        return run(q, k, v, mask, m)
+    specs = _specs(layout, axis, (q, k, v), mask, m)
+    local = run if axis is None else over_heads(run, axis)
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v, mask, m)
+
+
+def _specs(layout: Layout, axis: str | None, qkv: tuple[Array, ...], mask: Mask, m: Modifiers) -> tuple[Any, ...]:
+    """PartitionSpecs of q, k, v, mask and modifiers. axis: tokens lie on it outside of the kernel, heads inside."""
+    sizes, length = mesh_sizes(), None if axis is None else "length"
 
     def spec(axes: tuple[str | None, ...], x: Array | None) -> Any:
-        return None if x is None else partition(axes, x.shape, runtime.layout, sizes)  # type: ignore[arg-type]
+        return None if x is None else partition(axes, x.shape, layout, sizes)
 
-    m = scoring.modifiers
-    specs = (
-        spec(("batch", None, "heads", None), q),
-        spec(("batch", None, "kv_heads", None), k),
-        spec(("batch", None, "kv_heads", None), v),
+    def of_heads(x: Array | None, dim: int = 0) -> Any:
+        names = [a for a in (*layout.mesh_axes("heads"), axis) if a is not None and sizes[a] > 1]
+        return None if x is None else PartitionSpec(*[None] * dim, tuple(names) or None)
+
+    heads = ("heads", "kv_heads", "kv_heads")
+    return (
+        *(spec(("batch", length, of, None), x) for of, x in zip(heads, qkv, strict=True)),
         jax.tree.map(lambda x: spec(("batch", *[None] * (x.ndim - 1)), x), mask),
         replace(
             m,
-            slopes_N=spec(("heads",), m.slopes_N),
-            table_RN=spec((None, "heads"), m.table_RN),
-            sinks_N=spec(("heads",), m.sinks_N),
+            slopes_N=of_heads(m.slopes_N),
+            table_RN=of_heads(m.table_RN, 1),
+            sinks_N=of_heads(m.sinks_N),
             shift_BT=spec(("batch", None), m.shift_BT),
         ),
     )
-    out: PartitionSpec = specs[0]
-    return jax.shard_map(run, in_specs=specs, out_specs=out, check_vma=False)(q, k, v, mask, m)
 
 
 def resolve_backend(runtime: Runtime) -> Any:

@@ -65,7 +65,7 @@ def embed(params: Any, spec: Transformer, inputs: Inputs, runtime: Runtime) -> F
         types = inputs.type_BT
         x = x + (rows("types", jnp.zeros(x.shape[:2], jnp.int32) if types is None else types))
     x = x if cfg.norm is None else norm(p["norm"], cfg.norm, x)
-    return constrain(x, ("batch", None, None), runtime.layout)
+    return constrain(x, ("batch", "stream", None), runtime.layout)
 
 
 def token_vectors(

@@ -1,7 +1,7 @@
 """Sparse mixtures of experts: a router chooses, three ways compute, all of them the same function.
 
     dense     every expert sees every token, weighted by zero where it was not chosen: the reference
-    grouped   tokens are sorted by expert, and each projection is one product over the groups; dropless
+    grouped   tokens are sorted by expert, and each projection is one product over the groups; dropless (`dispatch.py`)
     buffers   [B, E, C, D]: each expert takes up to C tokens of a row; what a `capacity` asks for
 
 Routers are float32 whatever the compute dtype, weights and arithmetic. Padding (segment 0) is routed like the rest, but
@@ -19,12 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.config import FFN, GLU, MLP, MoE, Router, Transformer
-from jaxllm.kernels.grouped import grouped_matmul
 from jaxllm.leaves import dense, project
+from jaxllm.nn.dispatch import grouped
 from jaxllm.nn.ffn import activate, dense_ffn, dense_params, linear, linear_params
 from jaxllm.params import Constant, Normal, Param, ParamTree, map_params
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import mesh_sizes, partition
 
 Statistics = dict[str, Array]
 """load: [E] share of a token's choices that each expert got, summing to top_k.  balance, z: float32 [] losses."""
@@ -148,7 +147,8 @@ def moe(
     elif runtime.experts == "dense":
         y = _dense(p["experts"], cfg, x_BTD, r)
     else:
-        y = _grouped(p["experts"], cfg, x_BTD, r, runtime)
+        tree = _expert_params(cfg, x_BTD.shape[-1])
+        y = grouped(p["experts"], cfg, tree, x_BTD, (r.expert_BTk, r.weight_BTk), runtime)
     if cfg.shared is not None:
         shared = dense_ffn(p["shared"], cfg.shared, x_BTD)
         if cfg.shared_gate:
@@ -170,48 +170,6 @@ def _dense(p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], r: Routing) -> Float[
     gate = per_expert("gate", x_BTD, "BTD,EDF->BTEF") if isinstance(cfg.expert, GLU) else None
     out_BTED = per_expert("down", activate(cfg.expert, up, gate), "BTEF,EFD->BTED")
     return jnp.einsum("BTED,BTE->BTD", out_BTED, weight_BTE.astype(out_BTED.dtype))
-
-
-def _grouped(p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], r: Routing, runtime: Runtime) -> Float[Array, "B T D"]:
-    """On a mesh every device sorts its own rows; where it holds a slice of F, results are summed over the slices."""
-    layout, sizes, tree = runtime.layout, mesh_sizes(), _expert_params(cfg, x_BTD.shape[-1])
-    p = map_params(lambda _, w: dense(w, x_BTD.dtype), tree, p)
-    if layout is None or not sizes:
-        return _sorted(p, cfg, x_BTD, r.expert_BTk, r.weight_BTk)
-    slices = map_params(lambda q: partition(q.axes, q.shape, layout, sizes), tree)
-    rows = partition(("batch", None, None), x_BTD.shape, layout, sizes)
-    over = slices["down"]["kernel"][1]
-
-    def run(p: Any, x: Array, expert: Array, weight: Array) -> Array:
-        if over is None:
-            return _sorted(p, cfg, x, expert, weight)
-        if "bias" in p["down"]:  # added once
-            first = jax.lax.axis_index(over) == 0
-            p = p | {"down": p["down"] | {"bias": jnp.where(first, p["down"]["bias"], 0.0)}}
-        return jax.lax.psum(_sorted(p, cfg, x, expert, weight), over)
-
-    split = jax.shard_map(run, in_specs=(slices, rows, rows, rows), out_specs=rows, check_vma=False)
-    return split(p, x_BTD, r.expert_BTk, r.weight_BTk)
-
-
-def _sorted(
-    p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], expert_BTk: Int[Array, "B T k"], weight_BTk: Float[Array, "B T k"]
-) -> Float[Array, "B T D"]:
-    """Choices sorted by expert, M = B T k rows in E groups of any sizes; and back in the order of tokens."""
-    (B, T, D), k = x_BTD.shape, cfg.router.top_k
-    order_M = jnp.argsort(expert_BTk.reshape(-1), stable=True)
-    expert_M = expert_BTk.reshape(-1)[order_M]
-    size_E = jnp.bincount(expert_M, length=cfg.experts).astype(jnp.int32)
-
-    def per_expert(name: str, x: Array) -> Array:
-        y = grouped_matmul(x, p[name]["kernel"], size_E)
-        return y + p[name]["bias"][expert_M] if "bias" in p[name] else y
-
-    x_MD = x_BTD.reshape(B * T, D)[order_M // k]
-    gate = per_expert("gate", x_MD) if isinstance(cfg.expert, GLU) else None
-    out_MD = per_expert("down", activate(cfg.expert, per_expert("up", x_MD), gate))
-    out_BTkD = out_MD[jnp.argsort(order_M)].reshape(B, T, k, D)
-    return (out_BTkD * weight_BTk[..., None].astype(out_MD.dtype)).sum(2)
 
 
 def capacity(cfg: MoE, tokens: int) -> int:

@@ -37,6 +37,7 @@ def token_logprobs(
     column = chunk_rows(jnp.arange(rows), chunks, shards)
     bias = chunk_rows(jnp.pad(params["head"]["bias"], (0, rows - spec.vocab)), chunks, shards) if cfg.bias else None
     declared = Param((rows // chunks, hidden_BTD.shape[-1]), ("vocab", "embed"), Constant(0.0))
+    hidden_BTD = constrain(hidden_BTD, ("batch", "length", None), runtime.layout)  # once, not in every chunk
     hidden32_BTD = hidden_BTD.astype(jnp.float32)  # its gradient is a sum over chunks: kept in float32
 
     @jax.checkpoint
@@ -45,7 +46,7 @@ def token_logprobs(
         column = column[None, None]
         ready = use({"w": declared}, {"w": weight}, runtime.layout, runtime.compute_dtype)["w"]
         logits = finish(cfg, hidden32_BTD.astype(runtime.compute_dtype), ready, bias)
-        logits = constrain(logits, ("batch", None, "vocab"), runtime.layout)
+        logits = constrain(logits, ("batch", "length", "vocab"), runtime.layout)
         logits = jnp.where(column < spec.vocab, logits, -jnp.inf) if rows > spec.vocab else logits
         total, target = carry
         total = jnp.logaddexp(total, jax.nn.logsumexp(logits, -1))

@@ -18,7 +18,7 @@ from jaxllm.plan.compile import TIME_OUT, compile_step, require_compiler
 from jaxllm.plan.estimate import estimate, to_json
 from jaxllm.plan.picture import draw
 from jaxllm.plan.report import write_json
-from jaxllm.plan.search import Candidate, Found, cached, candidates, decoding, offers, search
+from jaxllm.plan.search import SPLITS, Candidate, Found, cached, candidates, decoding, offers, search
 from jaxllm.plan.topology import parse
 
 GIB = 2**30
@@ -117,7 +117,7 @@ def write_config(path: Path, base: str, overrides: list[str], best: Candidate, t
     chosen = [
         f"accumulate={best.exp.accumulate}",
         f"runtime.remat={best.exp.runtime.remat}",
-        *(f"runtime.layout.{name}={getattr(layout, name)}" for name in ("replica", "tensor", "zero")),
+        *(f"runtime.layout.{name}={getattr(layout, name)}" for name in ("replica", *SPLITS, "zero")),
     ]
     start = os.path.relpath(base, path.resolve().parent)
     lines = [

@@ -26,7 +26,7 @@ from jaxllm.params import leaves
 from jaxllm.plan.bundles import flags
 from jaxllm.plan.kernels import Call, call_of
 from jaxllm.plan.topology import Slice, nearest
-from jaxllm.sharding import Layout, batch_ways, storage
+from jaxllm.sharding import Layout, require_length, shares, storage
 from jaxllm.transformer import transformer_params
 
 TIME_OUT = 1800.0  # seconds; an 8B model on 256 chips takes about 120 on two cores
@@ -69,11 +69,11 @@ def prepare(exp: Experiment, target: Slice) -> Experiment:
     sizes = layout.sizes(target.devices)
     for param in leaves(transformer_params(exp.model)):
         storage(param, layout, sizes)
-    ways = batch_ways(sizes)
-    unit = ways * exp.accumulate
+    require_length(exp.data.context, layout, sizes)
+    unit = shares(sizes) * exp.accumulate
     if exp.batch_size % unit:
         raise ValueError(
-            f"plan: batch_size={exp.batch_size} must be a multiple of replica * data * accumulate = {unit} on "
+            f"plan: batch_size={exp.batch_size} must be a multiple of replica * data * expert * accumulate = {unit} on "
             f"{target.name}; the nearest is {max(round(exp.batch_size / unit), 1) * unit}"
         )
     attention = "tpu" if exp.runtime.attention == "auto" else exp.runtime.attention

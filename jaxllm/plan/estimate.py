@@ -26,7 +26,7 @@ from jaxllm.plan.memory import Memory, Shapes, memory
 from jaxllm.plan.program import Program, program
 from jaxllm.plan.scalar_unit import Undecided
 from jaxllm.plan.topology import Slice
-from jaxllm.sharding import Layout, partition, storage
+from jaxllm.sharding import Layout, partition, shares, storage
 from jaxllm.transformer import transformer_params
 
 
@@ -167,7 +167,7 @@ def advice(plan: Plan) -> list[str]:
     part = plan.memory.by_part
     state = part["parameters"] + part["optimiser"] + part["gradients"]
     moving = part["saved"] + part["working"]
-    rows = plan.exp.batch_size // plan.exp.accumulate // max(plan.target.devices // layout.tensor, 1)
+    rows = plan.exp.batch_size // plan.exp.accumulate // shares(layout.sizes(plan.target.devices))
     options: list[tuple[int, str]] = []
     if plan.exp.runtime.remat != "full":
         options.append((part["saved"] + part["working"] // 2, "runtime.remat=full: save only each layer's input"))

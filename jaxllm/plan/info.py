@@ -20,7 +20,7 @@ from jaxllm.config import FFN, GLU, MLP, Block, MoE, Transformer
 from jaxllm.experiment import Experiment
 from jaxllm.flops import forward_flops_per_token, matmul_weights, score_width, train_flops_per_token
 from jaxllm.params import count, paths
-from jaxllm.sharding import Layout, batch_ways, storage
+from jaxllm.sharding import Layout, shares, storage
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -98,7 +98,7 @@ def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     sizes = layout.sizes(devices)
     tree = model_params(exp.model)
     stored = sum(math.prod(p.shape) // _ways(storage(p, layout, sizes), sizes) for _, p in paths(tree))
-    tokens = exp.batch_size * exp.data.context // (batch_ways(sizes) * exp.accumulate)
+    tokens = exp.batch_size * exp.data.context // (shares(sizes) * sizes["sequence"] * exp.accumulate)
     width = _BYTES[exp.runtime.compute_dtype]
     kept = sum(n * saved_width(b, exp.model.dim, exp.runtime.remat, layout.tensor) for b, n in _blocks(exp.model))
     gradients = count(tree) // sizes["tensor"] if layout.zero < 2 else stored

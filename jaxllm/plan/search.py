@@ -7,9 +7,9 @@
 r is what the backward pass recomputes: 1 of the matrices under "full" and "attention", 1 of attention but under "none"
 and "attention". A flash backward pass has 5 products for the forward's 2, so 2.5 of its FLOPs. 0.8 is what the compiler
 makes of the matrix unit in the steps of docs/benchmarks.md. Weights and gradients travel beside the arithmetic, the
-activations that tensor parallelism exchanges in turn with it. Wire bytes: ZeRO 3 moves every weight three times per
+activations that other layouts exchange in turn with it. Wire bytes: ZeRO 3 moves every weight three times per
 micro-batch, stages 1 and 2 twice per step, 0 two times (an all-reduce); a tensor-parallel layer moves its residual
-stream twelve times (six all-reduces, two of them recomputed).
+stream twelve times (six all-reduces, two of them recomputed), a split sequence as much, a mixture every choice six.
 
 Candidates whose prediction exceeds the chip's memory by more than 15 % are dropped, the others compiled in order of
 predicted tokens/s, one at a time, each in a child process, until the budget is spent; what was compiled before by this
@@ -32,19 +32,22 @@ from typing import Any, get_args
 from etils import epath
 
 from jaxllm import serial
+from jaxllm.config import MoE
 from jaxllm.data.files import write_atomic
 from jaxllm.experiment import Experiment
-from jaxllm.params import count
+from jaxllm.params import leaves
 from jaxllm.plan.compile import prepare, versions
 from jaxllm.plan.info import info
 from jaxllm.plan.topology import Slice, names, parse
-from jaxllm.plan.zero import step_bytes
+from jaxllm.plan.zero import elements, step_bytes
 from jaxllm.runtime import Remat
-from jaxllm.sharding import DATA, Layout, batch_ways
+from jaxllm.sharding import DATA, Layout
 from jaxllm.transformer import transformer_params
 
 EFFICIENCY = 0.8
 """Of the matrix unit's peak."""
+SPLITS = ("tensor", "expert", "sequence")
+"""Axes of a layout that a search chooses."""
 SLACK = 1.15
 """Predicted over available memory up to which a candidate is worth compiling."""
 
@@ -72,7 +75,7 @@ class Candidate:
     def label(self) -> str:
         """What distinguishes it from others of its search."""
         layout = self.exp.runtime.layout or Layout()
-        axes = {name: getattr(layout, name) for name in ("replica", "tensor")}
+        axes = {name: getattr(layout, name) for name in SPLITS}
         cut = " ".join(f"{name} {n}" for name, n in axes.items() if n > 1)
         rest = f"ZeRO {layout.zero}, remat {self.exp.runtime.remat}, accumulate {self.exp.accumulate}"
         return f"{cut}, {rest}" if cut else rest
@@ -113,13 +116,23 @@ def _seconds(exp: Experiment, target: Slice) -> float:
     matrices, attention = _RECOMPUTED[exp.runtime.remat]
     forward = cost.forward_flops
     flops = tokens * (forward["matrices"] * (3 + matrices) + forward["attention"] * (3.5 + attention))
-    weights = 2 * count(transformer_params(exp.model)) / layout.tensor
-    moves = {0: 2, 1: 2, 2: 2, 3: 3 * exp.accumulate}[layout.zero] if batch_ways(sizes) > 1 else 0
-    stream = 2 * exp.model.dim * exp.model.layers * tokens * layout.tensor
-    exchanged = 12 * stream if layout.tensor > 1 else 0
-    return (
-        max(flops / (EFFICIENCY * target.chip.peak), weights * moves / target.chip.wire) + exchanged / target.chip.wire
-    )
+    stored, used = elements(layout, sizes)
+    moved = 2 * sum(used(p) for p in leaves(transformer_params(exp.model)) if used(p) > stored(p))
+    moves = {0: 0, 1: 2, 2: 2, 3: 3 * exp.accumulate}[layout.zero]
+    whole = 0 if layout.zero else 2 * 2 * cost.parameters["total"] / layout.tensor
+    stream = 2 * exp.model.dim * tokens
+    layers = exp.model.layers
+    exchanged = 12 * stream * layers * layout.tensor if layout.tensor > 1 else 0
+    exchanged += 6 * stream * _chosen(exp) if layout.expert > 1 else 0
+    exchanged += 12 * stream * layers if layout.sequence > 1 else 0
+    weights = (moved * moves + whole) / target.chip.wire
+    return max(flops / (EFFICIENCY * target.chip.peak), weights) + exchanged / target.chip.wire
+
+
+def _chosen(exp: Experiment) -> int:
+    """Experts that a token meets, over all layers."""
+    blocks = [block for stack in exp.model.stacks for block in stack.pattern * stack.repeats]
+    return sum(block.ffn.router.top_k for block in blocks if isinstance(block.ffn, MoE))
 
 
 def candidates(exp: Experiment, target: Slice) -> list[Candidate]:
@@ -147,17 +160,21 @@ def candidates(exp: Experiment, target: Slice) -> list[Candidate]:
 
 
 def _admitted(exp: Experiment, target: Slice) -> Iterator[Experiment]:
+    """Splits over tensor and, where there are experts, over them; over sequence where rows are fewer than chips."""
     powers = [2**i for i in range(target.devices.bit_length()) if target.devices % 2**i == 0]
     own = exp.runtime.layout or Layout()
-    for tensor, zero, remat in itertools.product(powers[:5], (3, 1), get_args(Remat)):
-        layout = replace(own, data=None, tensor=tensor, replica=1, zero=zero)
-        rows = exp.batch_size // (target.devices // tensor)
-        for accumulate in (2**i for i in range(rows.bit_length())):
+    mixture = any(isinstance(block.ffn, MoE) for stack in exp.model.stacks for block in stack.pattern)
+    axes = powers[:5], powers[:7] if mixture else [1], powers if exp.batch_size < target.devices else [1]
+    for tensor, expert, sequence in itertools.product(*axes):
+        ways = target.devices // (tensor * sequence)
+        for zero, remat in itertools.product((3, 1), get_args(Remat)):
+            layout = replace(own, data=None, replica=1, zero=zero, tensor=tensor, expert=expert, sequence=sequence)
             runtime = replace(exp.runtime, layout=layout, remat=remat)
-            try:
-                yield prepare(replace(exp, runtime=runtime, accumulate=accumulate), target)
-            except ValueError:
-                continue
+            for accumulate in (2**i for i in range((exp.batch_size // max(ways, 1)).bit_length())):
+                try:
+                    yield prepare(replace(exp, runtime=runtime, accumulate=accumulate), target)
+                except ValueError:
+                    continue
 
 
 # --------------------------------------------------------------------------------------------------------- compiling

@@ -87,8 +87,10 @@ def _outputs(equation: Any, args: list[Lazy], found: list[Steering]) -> list[Laz
             return unknown
         case "shard_map":
             return _shard_map(params, args, found)
-        case "sharding_constraint" | "optimization_barrier":
+        case "sharding_constraint" | "optimization_barrier" | "ppermute":
             return args
+        case "axis_index" | "all_to_all" | "all_gather" | "psum" | "pmax" | "reduce_scatter" as name:
+            return [_constant(np.int32(0))] if name == "axis_index" else unknown
         case _:
             called = [params[name] for name in ("jaxpr", "call_jaxpr") if name in params]
             return _walk(called[0], args, found) if called else _evaluated(equation, args)
@@ -108,7 +110,7 @@ def _call(equation: Any, args: list[Lazy]) -> Steering:
 
 
 def _scan(equation: Any, args: list[Lazy], found: list[Steering]) -> list[Lazy]:
-    """The first turn: what it carries out of the loop is not known, what it stacks is taken to be alike in all.
+    """The first turn: what it stacks is taken to be alike in all, what it carries is known only where it stays itself.
 
     An array of one shape inside and [length, *shape] outside is cut, or stacked.
     """
@@ -118,10 +120,15 @@ def _scan(equation: Any, args: list[Lazy], found: list[Steering]) -> list[Lazy]:
     def stacked(outside: Any, inside: Any) -> bool:
         return len(outside.aval.shape) > len(inside.aval.shape)
 
-    sliced = map(stacked, equation.invars, inner.invars)
+    sliced = list(map(stacked, equation.invars, inner.invars))
+    joined = list(map(stacked, equation.outvars, inner.outvars))
     outputs = _walk(body, [partial(_first, arg) if cut else arg for arg, cut in zip(args, sliced, strict=True)], found)
-    joined = map(stacked, equation.outvars, inner.outvars)
-    return [partial(_repeated, x, length) if join else _unknown for x, join in zip(outputs, joined, strict=True)]
+    whole = [arg for arg, cut in zip(args, sliced, strict=True) if not cut]
+    carried = iter(whole[len(whole) - joined.count(False) :])  # behind what all turns share
+    return [
+        partial(_repeated, x, length) if join else x if x is next(carried) else _unknown
+        for x, join in zip(outputs, joined, strict=True)
+    ]
 
 
 def _first(arg: Lazy) -> Any:

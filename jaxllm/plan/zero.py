@@ -26,7 +26,7 @@ from jaxllm.experiment import Experiment
 from jaxllm.flops import score_width
 from jaxllm.params import Param, paths
 from jaxllm.plan.info import ffn_width, saved_width
-from jaxllm.sharding import Layout, batch_ways, partition, storage
+from jaxllm.sharding import Layout, partition, shares, storage
 from jaxllm.transformer import transformer_params
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -77,14 +77,14 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
     """
     layout = exp.runtime.layout or Layout()
     sizes = layout.sizes(devices)
-    stored, used = _sizes(layout, sizes)
+    stored, used = elements(layout, sizes)
     params = dict(paths(transformer_params(exp.model)))
     looked_up = {path for path in params if path.startswith("embed/") and not (exp.model.tied and "tokens" in path)}
     multiplied = [p for path, p in params.items() if path not in looked_up]
     head = params["embed/tokens" if exp.model.tied else "head/kernel"]
 
     c = _WIDTH[exp.runtime.compute_dtype]
-    t = exp.batch_size * exp.data.context // (batch_ways(sizes) * exp.accumulate)
+    t = exp.batch_size * exp.data.context // (shares(sizes) * sizes["sequence"] * exp.accumulate)
     gradient = _gradient(layout, head, c, stored, used)
     return StepBytes(
         state=12 * sum(map(stored, params.values())),
@@ -97,7 +97,7 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
     )
 
 
-def _sizes(layout: Layout, sizes: Mapping[str, int]) -> tuple[Size, Size]:
+def elements(layout: Layout, sizes: Mapping[str, int]) -> tuple[Size, Size]:
     """Elements of a parameter that a chip stores, and that it multiplies: the products of its shards' shape."""
 
     def ways(spec: PartitionSpec) -> int:

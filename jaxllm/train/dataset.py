@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
 from jaxllm.data import source as sources
@@ -103,7 +103,8 @@ def _tokenizer(exp: Experiment, home: epath.Path, texts: list[str], say: Say) ->
 
 def rows_here(rows: int, sharding: NamedSharding) -> slice:
     """The rows of a global [rows, T] array that this process holds."""
-    held: Any = sharding.addressable_devices_indices_map((rows, 1))
+    by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    held: Any = by_row.addressable_devices_indices_map((rows, 1))
     spans = [index[0].indices(rows)[:2] for index in held.values()]
     return slice(min(lo for lo, _ in spans), max(hi for _, hi in spans))
 
@@ -116,7 +117,7 @@ def to_devices(rows: int, sharding: NamedSharding, part: slice, batch: Batch) ->
 
         def piece(index: Any) -> np.ndarray:
             lo, hi, _ = index[0].indices(rows)
-            return x[lo - part.start : hi - part.start]
+            return x[lo - part.start : hi - part.start, *index[1:]]
 
         return jax.make_array_from_callback(shape, sharding, piece)
 

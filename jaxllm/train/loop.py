@@ -29,7 +29,7 @@ from jaxllm.nn.moe import correct_routers
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.params import count
 from jaxllm.records import Batch, Params, TrainState
-from jaxllm.sharding import Layout, batch_ways, make_mesh
+from jaxllm.sharding import Layout, make_mesh, require_length, shares
 from jaxllm.train.checkpoint import CHECKPOINTS, Checkpointer, restore
 from jaxllm.train.dataset import Dataset, prepare, train_batch
 from jaxllm.train.evaluate import Evaluate, evaluate, make_evaluate
@@ -206,13 +206,15 @@ def _introduce(exp: Experiment, data: Dataset, mesh: Mesh, peak: tuple[float, st
 
 
 def check_batch(exp: Experiment, mesh: Mesh) -> None:
-    """Raise ValueError when the rows of micro-batches [B, T] do not divide over the devices that share the batch."""
-    unit = exp.accumulate * batch_ways(mesh.shape)
+    """Raise ValueError when the rows of micro-batches [B, T], or their tokens, do not divide over the devices."""
+    unit = exp.accumulate * shares(mesh.shape)
     if exp.runtime.layout is not None and exp.batch_size % unit:
         raise ValueError(
-            f"batch_size={exp.batch_size} must be a multiple of accumulate x replica x data = {unit}; "
+            f"batch_size={exp.batch_size} must be a multiple of accumulate x replica x data x expert = {unit}; "
             f"the next that is: {-(-exp.batch_size // unit) * unit}"
         )
+    if exp.runtime.layout is not None:
+        require_length(exp.data.context, exp.runtime.layout, mesh.shape)
 
 
 # ------------------------------------------------------------------------------------------------------- reporting

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key
 from jaxllm.params import Param, ParamTree, init, map_params, paths
 from jaxllm.records import Batch, TrainState
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import batch_ways, mesh_sizes, partition, storage, storage_shardings, use
+from jaxllm.sharding import mesh_sizes, partition, shares, storage, storage_shardings, use
 
 Loss = Callable[[Any, Batch, Array], tuple[Float[Array, ""], dict[str, Array]]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
@@ -60,11 +60,11 @@ def abstract_state(
 
 
 def batch_sharding(runtime: Runtime, mesh: Mesh) -> NamedSharding:
-    """Rows over the batch axes of the layout. [B, T]."""
+    """Rows and their tokens over the layout's axes of batch and length. [B, T]."""
     if runtime.layout is None:
         return NamedSharding(mesh, PartitionSpec())
-    ways = batch_ways(mesh.shape)
-    return NamedSharding(mesh, partition(("batch", None), (ways, 1), runtime.layout, mesh.shape))
+    least = shares(mesh.shape), mesh.shape["sequence"]
+    return NamedSharding(mesh, partition(("batch", "length"), least, runtime.layout, mesh.shape))
 
 
 def abstract_batch(rows: int, context: int, runtime: Runtime, mesh: Mesh) -> Batch:

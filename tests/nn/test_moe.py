@@ -10,6 +10,7 @@ import pytest
 
 from jaxllm.config import GLU, GQA, MLP, Block, MoE, RMSNorm, Rope, Router, Transformer, decoder
 from jaxllm.leaves import Adapted, dense, quantise
+from jaxllm.nn.dispatch import room
 from jaxllm.nn.moe import capacity, correct_routers, moe, route, statistics
 from jaxllm.nn.moe import ffn_params as params_of
 from jaxllm.params import map_params
@@ -153,11 +154,22 @@ def test_experts_may_be_quantised_or_adapted(capacity, made, getkey):
             close(moe(changed, cfg, x, None, runtime)[0], want, 1e-4)
 
 
-@pytest.mark.parametrize("layout", [Layout(zero=3), Layout(tensor=2, zero=0), Layout(tensor=2, replica=2, zero=1)])
+ON_A_MESH = [
+    Layout(zero=3),
+    Layout(tensor=2, zero=0),
+    Layout(tensor=2, replica=2, zero=1),
+    Layout(expert=4, zero=3),
+    Layout(expert=2, tensor=2, zero=1, split_stream=True),
+    Layout(expert=8, zero=0, spare=0.25),  # not enough room: several rounds
+    Layout(expert=2, sequence=2, tensor=2, zero=3, spare=0.01),
+]
+
+
+@pytest.mark.parametrize("layout", ON_A_MESH)
 def test_on_a_mesh(layout, made):
     cfg = MIXTURES["biases, clipped"]
     p, _ = made(cfg)
-    x, runtime = jax.random.normal(jax.random.key(3), (8, 6, D)), Runtime(layout=layout)
+    x, runtime = jax.random.normal(jax.random.key(3), (8, 8, D)), Runtime(layout=layout)
 
     def f(p, x, runtime):
         ready = use(params_of(cfg, D), p, runtime.layout, "float32")
@@ -168,6 +180,28 @@ def test_on_a_mesh(layout, made):
     with jax.set_mesh(make_mesh(layout)):
         got = both(p, x, runtime)
     jax.tree.map(close, got, want)
+
+
+def test_all_tokens_may_go_to_one_device(made):
+    """The worst case of an exchange: correct, in as many rounds as it takes."""
+    cfg = MIXTURES["one expert"]
+    p, _ = made(cfg)
+    p["router"]["kernel"] = jnp.zeros((D, E)).at[:, 5].set(1.0)
+    x = jnp.abs(jax.random.normal(jax.random.key(3), (8, 8, D)))
+    want = moe(p, cfg, x, None, DENSE)[0]
+    layout = Layout(expert=8, spare=1.25)
+    assert room(layout.spare, 64, 8) == 16
+    with jax.set_mesh(make_mesh(layout)):
+        got = jax.jit(lambda p, x: moe(p, cfg, x, None, Runtime(layout=layout))[0])(p, x)
+    close(got, want)
+
+
+def test_experts_that_do_not_divide_are_refused(made):
+    cfg = MIXTURES["softmax"]
+    p, _ = made(cfg)
+    layout = Layout(expert=3, data=1)
+    with jax.set_mesh(make_mesh(layout, jax.devices()[:3])), pytest.raises(ValueError, match="must divide experts=8"):
+        moe(p, cfg, jnp.zeros((3, 2, D)), None, Runtime(layout=layout))
 
 
 # ------------------------------------------------------------------------------------------------------------- capacity

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from jaxllm import config
 from jaxllm.kernels.flash_tpu import flash_tpu
+from jaxllm.kernels.ring import Ring, ring_attention
 from jaxllm.kernels.schedule import Arrays, Shape, schedule
 from jaxllm.kernels.tpu_sizes import Sizes, Tile
 from jaxllm.plan import bundles, kernels
@@ -177,6 +178,18 @@ def test_a_shard_holds_its_own_rows():
     (call,) = steering(jax.jit(local).trace(x, x, x, s).jaxpr, [None] * 3 + [np.ones((8, T), np.int32)])
     assert call.shapes[2] == (2 * 3,) and (2 * 1, T, 128) in call.shapes
     assert call.scalars[2] == 2 * wanted(np.ones(T))[2]
+
+
+def test_kernels_of_a_ring_are_steered_too():
+    """Of both kinds of pairs (the diagonal, all), in the loop over steps and at the last one."""
+    mesh, spec = make_mesh(Layout(data=4, sequence=2)), PartitionSpec("data", "sequence")
+    ring = partial(ring_attention, Ring("sequence", 2, True, config.Causal(), 1.0, None, "tpu"))
+    local = jax.shard_map(ring, mesh=mesh, in_specs=(spec,) * 5, out_specs=spec, check_vma=False)
+    x, s = jax.ShapeDtypeStruct((4, T, 2, 128), jnp.bfloat16), jax.ShapeDtypeStruct((4, T), jnp.int32)
+    calls = steering(jax.jit(local).trace(x, x, x, s, s).jaxpr, [None] * 3 + [np.ones((4, T), np.int32)] * 2)
+    assert [call.name for call in calls] == ["flash_forward"] * 4
+    assert all(None not in call.scalars[:3] for call in calls)
+    assert calls[:2] == calls[2:] and calls[0] != calls[1]
 
 
 def test_first_turn_of_loops_and_both_branches():

@@ -60,7 +60,7 @@ def test_what_cannot_fit_says_what_would():
     with pytest.raises(ValueError, match=r"fits v5e:2x2 in no way: the least is .* take a larger slice"):
         candidates(replace(EXP, batch_size=4), parse("v5e:2x2"))
     with pytest.raises(ValueError, match="must be a multiple of"):
-        candidates(replace(EXP, batch_size=255), V5E)
+        candidates(replace(EXP, batch_size=257), V5E)
 
 
 def test_the_search_keeps_to_its_time_and_passes_over_the_hopeless():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import jaxllm
 from jaxllm.train.checkpoint import load_params, steps
@@ -21,7 +22,7 @@ from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout
 
 def config():
-    layout = Layout(zero=3, tensor=2, replicate_below=0)
+    layout = Layout({layout}, replicate_below=0)
     return experiment(
         Path({folder!r}), runtime=Runtime(layout=layout), run_dir={run!r}, checkpoint=Checkpointing(every=4), samples=()
     )
@@ -69,7 +70,7 @@ def test_two_processes_train_save_and_restore_as_one(tmp_path):
         home = tmp_path / str(processes)
         home.mkdir()
         config = home / "config.py"
-        config.write_text(CONFIG.format(folder=str(home), run=str(home / "run")))
+        config.write_text(CONFIG.format(folder=str(home), run=str(home / "run"), layout="zero=3, tensor=2"))
         run(config, processes, 6)
         outputs = run(config, processes, 12)
         assert "continuing from step 6" in outputs[0]
@@ -82,3 +83,23 @@ def test_two_processes_train_save_and_restore_as_one(tmp_path):
     one, two = (load_params(tmp_path / str(n) / "run")[1] for n in (1, 2))
     np.testing.assert_allclose(one["embed"]["tokens"], two["embed"]["tokens"], atol=1e-5)
     assert jaxllm.load(tmp_path / "2" / "run").spec.name == "tiny"
+
+
+@pytest.mark.slow
+def test_a_ring_spans_processes(tmp_path):
+    """Every row lies on all 8 devices, so keys and values, and their gradients, cross from process to process."""
+    curves = {}
+    for processes in (1, 2):
+        home = tmp_path / str(processes)
+        home.mkdir()
+        config = home / "config.py"
+        config.write_text(CONFIG.format(folder=str(home), run=str(home / "run"), layout="zero=3, sequence=8"))
+        run(config, processes, 10)
+        curves[processes] = losses(home / "run")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.py").write_text(CONFIG.format(folder=str(alone), run=str(alone / "run"), layout="zero=0"))
+    run(alone / "config.py", 1, 10)
+    assert len(curves[1]) >= 5
+    for got in curves.values():
+        np.testing.assert_allclose(list(got.values()), list(losses(alone / "run").values()), rtol=1e-5)

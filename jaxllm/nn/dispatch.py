@@ -1,0 +1,203 @@
+"""Dropless mixtures: tokens sorted by expert and multiplied group by group, on one device or to experts' devices.
+
+Unusual: the exchange between the devices of the `expert` axis has room for `layout.spare` times a balanced load per
+pair of devices, not for the worst case. What does not fit goes in another round of the same program, so that nothing is
+dropped and a balanced router pays for one round. A round is a pure function of its number; the backward pass runs the
+same loop and computes a round once more before it goes through it (as full rematerialisation would).
+
+M = B T k choices of a device, X devices, C rows of room for each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllm.config import GLU, MoE
+from jaxllm.kernels.grouped import grouped_matmul
+from jaxllm.leaves import dense
+from jaxllm.nn.ffn import activate
+from jaxllm.params import ParamTree, map_params
+from jaxllm.runtime import Runtime
+from jaxllm.sharding import mesh_sizes, partition
+
+
+def grouped(
+    p: Any,
+    cfg: MoE,
+    tree: ParamTree,
+    x_BTD: Float[Array, "B T D"],
+    choices: tuple[Int[Array, "B T k"], Float[Array, "B T k"]],
+    runtime: Runtime,
+) -> Float[Array, "B T D"]:
+    """sum over a token's choices of weight * expert(x). choices: experts and weights.  tree: declares p.
+
+    On a mesh every device sorts its own tokens; where it holds a slice of F, results are summed over the slices; where
+    it holds a share of the experts, tokens go to theirs and come back.
+    """
+    layout, sizes = runtime.layout, mesh_sizes()
+    p = map_params(lambda _, w: dense(w, x_BTD.dtype), tree, p)
+    if layout is None or not sizes:
+        return _combined(_alone(p, cfg, x_BTD, choices[0]), *choices)
+    slices = map_params(lambda q: partition(q.axes, q.shape, layout, sizes), tree)
+    rows, out = (partition(("batch", length, None), x_BTD.shape, layout, sizes) for length in ("length", "stream"))
+    experts, over, _ = slices["down"]["kernel"]
+    scattered = over is not None and out != rows  # a sum over tensor that ends split along T
+
+    def run(p: Any, x: Array, expert: Array, weight: Array) -> Float[Array, "B T D"]:
+        if over is not None and "bias" in p["down"]:  # added once
+            first = lax.axis_index(over) == 0
+            p = p | {"down": p["down"] | {"bias": jnp.where(first, p["down"]["bias"], 0.0)}}
+        if experts is None:
+            y_MD: Any = _alone(p, cfg, x, expert)
+        else:
+            how = Exchange(cfg, experts, sizes[experts], room(layout.spare, expert.size, sizes[experts]))
+            y_MD = _exchanged(how, p, x.reshape(-1, x.shape[2]), _plan(how, expert))
+        y = _combined(y_MD, expert, weight)
+        if scattered:
+            return lax.psum_scatter(y, over, scatter_dimension=1, tiled=True)
+        return y if over is None else lax.psum(y, over)
+
+    end = out if scattered else rows
+    split = jax.shard_map(run, in_specs=(slices, rows, rows, rows), out_specs=end, check_vma=False)
+    return split(p, x_BTD, *choices)
+
+
+def _combined(
+    y_MD: Float[Array, "M D"], expert_BTk: Int[Array, "B T k"], weight_BTk: Float[Array, "B T k"]
+) -> Float[Array, "B T D"]:
+    """Results of choices sorted by expert, weighted and summed by token."""
+    order_M = jnp.argsort(expert_BTk.reshape(-1), stable=True)
+    y_BTkD = y_MD[jnp.argsort(order_M)].reshape(*expert_BTk.shape, -1)
+    return (y_BTkD * weight_BTk[..., None].astype(y_MD.dtype)).sum(2)
+
+
+def _alone(p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], expert_BTk: Int[Array, "B T k"]) -> Float[Array, "M D"]:
+    """Results of all choices, sorted by expert, from experts that are all here."""
+    order_M = jnp.argsort(expert_BTk.reshape(-1), stable=True)
+    expert_M = expert_BTk.reshape(-1)[order_M]
+    size_E = jnp.bincount(expert_M, length=cfg.experts).astype(jnp.int32)
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[2])[order_M // cfg.router.top_k]
+    return _experts(p, cfg, x_MD, expert_M, size_E)
+
+
+def _experts(
+    p: Any, cfg: MoE, x_MD: Float[Array, "M D"], expert_M: Int[Array, " M"], size_E: Int[Array, " E"]
+) -> Float[Array, "M D"]:
+    """Every row through its expert. Rows lie expert by expert; those past the last group give whatever they give."""
+
+    def per_expert(name: str, x: Array) -> Array:
+        y = grouped_matmul(x, p[name]["kernel"], size_E)
+        return y + p[name]["bias"][expert_M] if "bias" in p[name] else y
+
+    gate = per_expert("gate", x_MD) if isinstance(cfg.expert, GLU) else None
+    return per_expert("down", activate(cfg.expert, per_expert("up", x_MD), gate))
+
+
+# --------------------------------------------------------------------------------------------------------- exchange
+
+
+class Exchange(NamedTuple):
+    """What is static. axis: the mesh axis, of `size` devices.  room: rows per pair of devices and round."""
+
+    cfg: MoE
+    axis: str
+    size: int
+    room: int
+
+
+class Plan(NamedTuple):
+    """Who sends what. int32.
+
+    order: choices sorted by expert.  expert: of each sorted choice.  count, start: choices that go to each device, and
+    where they begin in that order.  came: how many come from each device for each expert here.  rounds: until the
+    device with the most to send to another has sent it; the same on all devices.
+    """
+
+    order: Int[Array, " M"]
+    expert: Int[Array, " M"]
+    count: Int[Array, " X"]
+    start: Int[Array, " X"]
+    came: Int[Array, "X e"]
+    rounds: Int[Array, ""]
+
+
+def room(spare: float, choices: int, devices: int) -> int:
+    """Rows for one pair of devices: `spare` times a balanced load, in eights, at most all of a device's choices."""
+    return min(choices, 8 * math.ceil(spare * choices / devices / 8))
+
+
+def _plan(how: Exchange, expert_BTk: Int[Array, "B T k"]) -> Plan:
+    order = jnp.argsort(expert_BTk.reshape(-1), stable=True)
+    expert = expert_BTk.reshape(-1)[order]
+    sent = jnp.bincount(expert, length=how.cfg.experts).astype(jnp.int32).reshape(how.size, -1)
+    came = lax.all_to_all(sent, how.axis, 0, 0, tiled=True)
+    count = sent.sum(1)
+    rounds = lax.pmax(-(-count.max() // how.room), tuple(mesh_sizes()))
+    return Plan(order, expert, count, jnp.cumsum(count) - count, came, rounds)
+
+
+def _round(how: Exchange, i: Array, p: Any, x: Float[Array, "BT D"], plan: Plan) -> Float[Array, "M D"]:
+    """Results of the choices of round i, sorted by expert; zeros for the others."""
+    place = i * how.room + jnp.arange(how.room)  # in each device's queue
+    source = jnp.minimum(plan.start[:, None] + place[None], len(plan.order) - 1)
+    there = place[None] < plan.count[:, None]
+    sent_XCD = jnp.where(there[..., None], x[plan.order[source] // how.cfg.router.top_k], 0)
+    came_XCD = lax.all_to_all(sent_XCD, how.axis, 0, 0, tiled=True)
+    out_XCD = _here(how, place, p, came_XCD, plan.came)
+    back_XCD = lax.all_to_all(out_XCD, how.axis, 0, 0, tiled=True)
+    device = plan.expert // (how.cfg.experts // how.size)
+    queued = jnp.arange(len(plan.order)) - plan.start[device]
+    mine = queued // how.room == i
+    return jnp.where(mine[:, None], back_XCD[device, queued % how.room], 0)
+
+
+def _here(
+    how: Exchange, place: Int[Array, " C"], p: Any, x_XCD: Float[Array, "X C D"], came_Xe: Int[Array, "X e"]
+) -> Float[Array, "X C D"]:
+    """What has come, through the experts of this device."""
+    X, C, D = x_XCD.shape
+    local = came_Xe.shape[1]
+    expert = (place[None, :, None] >= jnp.cumsum(came_Xe, 1)[:, None]).sum(-1).reshape(-1)  # `local`: nothing came
+    order = jnp.argsort(expert, stable=True)
+    size_e = jnp.bincount(expert, length=local + 1)[:local].astype(jnp.int32)
+    real: Bool[Array, "M 1"] = (jnp.arange(X * C) < size_e.sum())[:, None]
+    y = _experts(p, how.cfg, jnp.where(real, x_XCD.reshape(X * C, D)[order], 0), expert[order], size_e)
+    return jnp.where(real, y, 0)[jnp.argsort(order)].reshape(X, C, D)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _exchanged(how: Exchange, p: Any, x: Float[Array, "BT D"], plan: Plan) -> Float[Array, "M D"]:
+    """Results of all choices, sorted by expert, in as many rounds as it takes."""
+    return _forward(how, p, x, plan)[0]
+
+
+def _forward(how: Exchange, p: Any, x: Array, plan: Plan) -> tuple[Array, tuple[Any, Array, Plan]]:
+    def more(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        i, y = carry
+        return i + 1, y + _round(how, i, p, x, plan)
+
+    start = jnp.zeros((), jnp.int32), jnp.zeros((len(plan.order), x.shape[1]), x.dtype)
+    return lax.while_loop(lambda carry: carry[0] < plan.rounds, more, start)[1], (p, x, plan)
+
+
+def _backward(how: Exchange, saved: tuple[Any, Array, Plan], g: Float[Array, "M D"]) -> tuple[Any, Array, None]:
+    p, x, plan = saved
+
+    def more(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        i, total = carry
+        _, pull = jax.vjp(lambda p, x: _round(how, i, p, x, plan), p, x)
+        return i + 1, jax.tree.map(jnp.add, total, pull(g))
+
+    start = jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, (p, x))
+    dp, dx = lax.while_loop(lambda carry: carry[0] < plan.rounds, more, start)[1]
+    return dp, dx, None
+
+
+_exchanged.defvjp(_forward, _backward)
