@@ -18,7 +18,7 @@ from jaxllm.records import Batch, inputs
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import DATA, MESH_AXES, Layout, make_mesh, partition, storage, torus_of
 from jaxllm.train.optimizer import make_optimizer
-from jaxllm.train.step import abstract_state, batch_sharding, init_state, make_step
+from jaxllm.train.step import abstract_state, batch_sharding, compiled, init_state, make_step
 from jaxllm.transformer import forward, transformer_params
 
 SPEC = toy(PRESETS["gemma2_2b"](), vocab=96, dim=64)
@@ -134,6 +134,20 @@ def assert_same(got, want):
     np.testing.assert_allclose(got[:, loss], want[:, loss], rtol=1e-5)
     np.testing.assert_allclose(got[:3, 1], want[:3, 1], rtol=1e-5)
     np.testing.assert_allclose(got[0, 4:], want[0, 4:], rtol=1e-5)
+
+
+def test_a_step_is_compiled_once():
+    """Another shape later is an error that names it."""
+    runtime = Runtime(vocab_chunk=40)
+    step = make_step(
+        lambda params, batch, key: lm_loss(params, SPEC, batch, runtime, key, channels=2), OPTIMIZER, TREE, runtime
+    )
+    state = jax.jit(partial(init_state, TREE, OPTIMIZER))(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, batch_of(0))
+    run = compiled(step, state, batch)
+    state, _ = run(state, batch)
+    with pytest.raises(TypeError, match=r"tokens_BT.*compiled with int32\[16,16\] and called with int32\[8,16\]"):
+        run(state, jax.tree.map(lambda x: x[:8], batch))
 
 
 # ------------------------------------------------------------------------------------------------------ rule tables

@@ -38,7 +38,7 @@ from jaxllm.train.optimizer import make_optimizer, schedule
 from jaxllm.train.processes import decided_by_first
 from jaxllm.train.progress import Display
 from jaxllm.train.replay import explain
-from jaxllm.train.step import Step, abstract_state, batch_sharding, init_state, make_step
+from jaxllm.train.step import Step, abstract_state, batch_sharding, compiled, init_state, make_step
 from jaxllm.transformer import transformer_params
 
 
@@ -86,13 +86,14 @@ def train(exp: Experiment, console: Console | None = None, options: Options = Op
         stack.enter_context(jax.transfer_guard("disallow"))
         seconds, tokens = 0.0, 0.0
         batch = train_batch(setup.data.train, start, setup.sharding)
+        step = compiled(setup.step, state, batch)
         for i in range(start, exp.steps):
             if options.profile and i == start + 2:
                 jax.profiler.start_trace(str(run_dir / "profile"))
 
             # -------------------------------------------------------------------------------------------- step
             began = time.perf_counter()
-            state, metrics = setup.step(state, batch)  # runs while the next batch is read
+            state, metrics = step(state, batch)  # runs while the next batch is read
             batch = train_batch(setup.data.train, i + 1, setup.sharding)
             metrics = jax.device_get(metrics)
             seconds, tokens = seconds + time.perf_counter() - began, tokens + float(metrics["weight"])

@@ -126,6 +126,14 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
+def compiled(step: Step, state: TrainState, batch: Batch) -> Step:
+    """The step's program for these shapes, dtypes and shardings, compiled before the first step is timed.
+
+    Called with others it raises TypeError or ValueError that names the argument, where `jax.jit` would compile again.
+    """
+    return step.lower(state, batch).compile()  # type: ignore[attr-defined]
+
+
 def gradients(
     loss: Loss, tree: ParamTree, params: Any, batch: Batch, key: Array, runtime: Runtime, accumulate: int
 ) -> tuple[Float[Array, ""], dict[str, Array], Any]:
