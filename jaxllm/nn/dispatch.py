@@ -44,7 +44,7 @@ def grouped(
     layout, sizes = runtime.layout, mesh_sizes()
     p = map_params(lambda _, w: dense(w, x_BTD.dtype), tree, p)
     if layout is None or not sizes:
-        return _combined(_alone(p, cfg, x_BTD, choices[0]), *choices)
+        return _by_token(_alone(p, cfg, x_BTD, *choices), choices[0])
     slices = map_params(lambda q: partition(q.axes, q.shape, layout, sizes), tree)
     rows, out = (partition(("batch", length, None), x_BTD.shape, layout, sizes) for length in ("length", "stream"))
     experts, over, _ = slices["down"]["kernel"]
@@ -55,11 +55,12 @@ def grouped(
             first = lax.axis_index(over) == 0
             p = p | {"down": p["down"] | {"bias": jnp.where(first, p["down"]["bias"], 0.0)}}
         if experts is None:
-            y_MD: Any = _alone(p, cfg, x, expert)
+            y_MD: Any = _alone(p, cfg, x, expert, weight)
         else:
             how = Exchange(cfg, experts, sizes[experts], room(layout.spare, expert.size, sizes[experts]))
-            y_MD = _exchanged(how, p, x.reshape(-1, x.shape[2]), _plan(how, expert))
-        y = _combined(y_MD, expert, weight)
+            plan = _plan(how, expert)
+            y_MD = _exchanged(how, p, x.reshape(-1, x.shape[2]), weight.reshape(-1)[plan.order], plan)
+        y = _by_token(y_MD, expert)
         if scattered:
             return lax.psum_scatter(y, over, scatter_dimension=1, tiled=True)
         return y if over is None else lax.psum(y, over)
@@ -69,22 +70,22 @@ def grouped(
     return split(p, x_BTD, *choices)
 
 
-def _combined(
-    y_MD: Float[Array, "M D"], expert_BTk: Int[Array, "B T k"], weight_BTk: Float[Array, "B T k"]
-) -> Float[Array, "B T D"]:
-    """Results of choices sorted by expert, weighted and summed by token."""
+def _by_token(y_MD: Float[Array, "M D"], expert_BTk: Int[Array, "B T k"]) -> Float[Array, "B T D"]:
+    """Results of choices sorted by expert, summed by token."""
     order_M = jnp.argsort(expert_BTk.reshape(-1), stable=True)
-    y_BTkD = y_MD[jnp.argsort(order_M)].reshape(*expert_BTk.shape, -1)
-    return (y_BTkD * weight_BTk[..., None].astype(y_MD.dtype)).sum(2)
+    return y_MD[jnp.argsort(order_M)].reshape(*expert_BTk.shape, -1).sum(2)
 
 
-def _alone(p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], expert_BTk: Int[Array, "B T k"]) -> Float[Array, "M D"]:
-    """Results of all choices, sorted by expert, from experts that are all here."""
+def _alone(
+    p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], expert_BTk: Int[Array, "B T k"], weight_BTk: Float[Array, "B T k"]
+) -> Float[Array, "M D"]:
+    """Weighted results of all choices, sorted by expert, from experts that are all here."""
     order_M = jnp.argsort(expert_BTk.reshape(-1), stable=True)
-    expert_M = expert_BTk.reshape(-1)[order_M]
+    expert_M, weight_M = (x.reshape(-1)[order_M] for x in (expert_BTk, weight_BTk))
     size_E = jnp.bincount(expert_M, length=cfg.experts).astype(jnp.int32)
     x_MD = x_BTD.reshape(-1, x_BTD.shape[2])[order_M // cfg.router.top_k]
-    return _experts(p, cfg, x_MD, expert_M, size_E)
+    y_MD = _experts(p, cfg, x_MD, expert_M, size_E)
+    return y_MD * weight_M[:, None].astype(y_MD.dtype)
 
 
 def _experts(
@@ -143,14 +144,18 @@ def _plan(how: Exchange, expert_BTk: Int[Array, "B T k"]) -> Plan:
     return Plan(order, expert, count, jnp.cumsum(count) - count, came, rounds)
 
 
-def _round(how: Exchange, i: Array, p: Any, x: Float[Array, "BT D"], plan: Plan) -> Float[Array, "M D"]:
-    """Results of the choices of round i, sorted by expert; zeros for the others."""
+def _round(
+    how: Exchange, i: Array, p: Any, x: Float[Array, "BT D"], weight: Float[Array, " M"], plan: Plan
+) -> Float[Array, "M D"]:
+    """Weighted results of the choices of round i, sorted by expert; zeros for the others."""
     place = i * how.room + jnp.arange(how.room)  # in each device's queue
     source = jnp.minimum(plan.start[:, None] + place[None], len(plan.order) - 1)
     there = place[None] < plan.count[:, None]
     sent_XCD = jnp.where(there[..., None], x[plan.order[source] // how.cfg.router.top_k], 0)
     came_XCD = lax.all_to_all(sent_XCD, how.axis, 0, 0, tiled=True)
-    out_XCD = _here(how, place, p, came_XCD, plan.came)
+    # weights are applied over there, so that results need not come back once more for the gradient of the weights
+    weight_XC = lax.all_to_all(jnp.where(there, weight[source], 0), how.axis, 0, 0, tiled=True)
+    out_XCD = _here(how, place, p, came_XCD, plan.came) * weight_XC[..., None].astype(x.dtype)
     back_XCD = lax.all_to_all(out_XCD, how.axis, 0, 0, tiled=True)
     device = plan.expert // (how.cfg.experts // how.size)
     queued = jnp.arange(len(plan.order)) - plan.start[device]
@@ -173,31 +178,36 @@ def _here(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _exchanged(how: Exchange, p: Any, x: Float[Array, "BT D"], plan: Plan) -> Float[Array, "M D"]:
-    """Results of all choices, sorted by expert, in as many rounds as it takes."""
-    return _forward(how, p, x, plan)[0]
+def _exchanged(
+    how: Exchange, p: Any, x: Float[Array, "BT D"], weight: Float[Array, " M"], plan: Plan
+) -> Float[Array, "M D"]:
+    """Weighted results of all choices, sorted by expert, in as many rounds as it takes.
+
+    The weights are in here so that the backward pass needs nothing of the forward one's results.
+    """
+    return _forward(how, p, x, weight, plan)[0]
 
 
-def _forward(how: Exchange, p: Any, x: Array, plan: Plan) -> tuple[Array, tuple[Any, Array, Plan]]:
+def _forward(how: Exchange, p: Any, x: Array, weight: Array, plan: Plan) -> tuple[Array, tuple[Any, ...]]:
     def more(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         i, y = carry
-        return i + 1, y + _round(how, i, p, x, plan)
+        return i + 1, y + _round(how, i, p, x, weight, plan)
 
     start = jnp.zeros((), jnp.int32), jnp.zeros((len(plan.order), x.shape[1]), x.dtype)
-    return lax.while_loop(lambda carry: carry[0] < plan.rounds, more, start)[1], (p, x, plan)
+    return lax.while_loop(lambda carry: carry[0] < plan.rounds, more, start)[1], (p, x, weight, plan)
 
 
-def _backward(how: Exchange, saved: tuple[Any, Array, Plan], g: Float[Array, "M D"]) -> tuple[Any, Array, None]:
-    p, x, plan = saved
+def _backward(how: Exchange, saved: tuple[Any, ...], g: Float[Array, "M D"]) -> tuple[Any, Array, Array, None]:
+    p, x, weight, plan = saved
 
     def more(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         i, total = carry
-        _, pull = jax.vjp(lambda p, x: _round(how, i, p, x, plan), p, x)
+        _, pull = jax.vjp(lambda p, x, weight: _round(how, i, p, x, weight, plan), p, x, weight)
         return i + 1, jax.tree.map(jnp.add, total, pull(g))
 
-    start = jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, (p, x))
-    dp, dx = lax.while_loop(lambda carry: carry[0] < plan.rounds, more, start)[1]
-    return dp, dx, None
+    start = jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, (p, x, weight))
+    dp, dx, dweight = lax.while_loop(lambda carry: carry[0] < plan.rounds, more, start)[1]
+    return dp, dx, dweight, None
 
 
 _exchanged.defvjp(_forward, _backward)

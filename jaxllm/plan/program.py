@@ -150,9 +150,12 @@ def _kind(op: Op) -> str | None:
 
 
 def _once(visit: Visit, kind: str) -> tuple[int, str, str]:
-    """An asynchronous collective's parts repeat it: one per channel, shape and loop body counts."""
-    channel = visit.op.attr(r"channel_id=(\d+)")
-    return visit.level, kind, f"{channel} {_shape(visit.op)}" if channel else visit.op.name
+    """An asynchronous collective's parts repeat it: one per channel, shape and loop body counts.
+
+    Those that a `shard_map` asks for all have one channel: they count by name.
+    """
+    channel, mapped = visit.op.attr(r"channel_id=(\d+)"), "shard_map" in visit.op.op_name
+    return visit.level, kind, visit.op.name if mapped or not channel else f"{channel} {_shape(visit.op)}"
 
 
 def _wire(visit: Visit, kind: str) -> tuple[str, float]:

@@ -58,11 +58,11 @@ def compare(ring, mesh, T, segment, *, values=None, tolerance=2e-6):
 @pytest.mark.parametrize(
     ("pattern", "size", "order", "softcap", "packed"),
     [
-        (Causal(), 4, True, None, False),
         (Causal(), 3, True, 2.0, True),
         (Causal() & Local(13), 4, True, None, True),
-        (Full(), 2, False, None, True),
-        (Local(7), 3, False, None, False),
+        pytest.param(Causal(), 4, True, None, False, marks=pytest.mark.slow),
+        pytest.param(Full(), 2, False, None, True, marks=pytest.mark.slow),
+        pytest.param(Local(7), 3, False, None, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_ring_is_attention(pattern, size, order, softcap, packed):
@@ -71,7 +71,7 @@ def test_a_ring_is_attention(pattern, size, order, softcap, packed):
     compare(ring, mesh_of(size), T, segments(T) if packed else None)
 
 
-@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+@pytest.mark.parametrize("backend", ["tpu", pytest.param("gpu", marks=pytest.mark.slow)])
 def test_a_ring_of_kernels(backend):
     """The Pallas kernels, step by step, with their own log-sum-exp."""
     q, k, *_ = rows(64, H=16)

@@ -158,10 +158,9 @@ ON_A_MESH = [
     Layout(zero=3),
     Layout(tensor=2, zero=0),
     Layout(tensor=2, replica=2, zero=1),
-    Layout(expert=4, zero=3),
-    Layout(expert=2, tensor=2, zero=1, split_stream=True),
     Layout(expert=8, zero=0, spare=0.25),  # not enough room: several rounds
-    Layout(expert=2, sequence=2, tensor=2, zero=3, spare=0.01),
+    pytest.param(Layout(expert=2, tensor=2, zero=1, split_stream=True), marks=pytest.mark.slow),
+    pytest.param(Layout(expert=2, sequence=2, tensor=2, zero=3, spare=0.01), marks=pytest.mark.slow),
 ]
 
 

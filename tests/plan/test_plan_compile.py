@@ -32,8 +32,8 @@ def config():
 """
 
 
-def experiment(batch_size=8, attention="chunked", **layout):
-    model = toy(PRESETS["llama3_8b"](), dim=256, vocab=1024)
+def experiment(batch_size=8, attention="chunked", preset="llama3_8b", **layout):
+    model = toy(PRESETS[preset](), dim=256, vocab=1024)
     runtime = Runtime("bfloat16", attention=attention, remat="full", layout=Layout(**layout))
     return resolve(Experiment(model, Data((Source("x"),), 64), 100, batch_size, "run", runtime=runtime))
 
@@ -55,6 +55,26 @@ def test_a_toy_step_is_compiled(tmp_path, capsys):
     assert made["compile_seconds"] > 0
     printed = capsys.readouterr().out
     assert "peak" in printed and "data" in printed and "MFU" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "kind", "axis"),
+    [
+        ({"sequence": 2, "attention": "tpu"}, "collective-permute", "sequence"),
+        ({"sequence": 2, "context": "all_to_all"}, "all-to-all", "sequence"),
+        ({"tensor": 2, "split_stream": True}, "reduce-scatter", "tensor"),
+        ({"expert": 4, "preset": "mixtral_8x7b"}, "all-to-all", "expert"),
+    ],
+)
+def test_layouts_compile_to_their_collectives(layout, kind, axis):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler")
+    made = plan(experiment(**layout), "v5e:2x2", time_out=300)
+    found = [c for c in made.program.collectives if c.kind == kind and c.axes == axis]
+    assert sum(c.wire for c in found) > 0
+    if axis == "expert":  # a device has 128 tokens of width 256 in bf16, two choices each; buffers 1.25 times as long
+        once = 1.25 * 128 * 2 * 256 * 2
+        assert 4 * once <= sum(c.wire for c in found) / 2 <= 8 * once
 
 
 @pytest.mark.slow
@@ -146,6 +166,9 @@ def test_layouts_and_batches_that_do_not_fit():
         prepare(experiment(tensor=4), V5E)
     with pytest.raises(ValueError, match=r"batch_size=9 must be a multiple of .* = 4 on v5e:2x2; the nearest is 8"):
         prepare(experiment(batch_size=9), V5E)
+    long = experiment(sequence=4)
+    with pytest.raises(ValueError, match=r"8 chunks, which must divide their length, 60; the next that they do is 64"):
+        prepare(dataclasses.replace(long, data=dataclasses.replace(long.data, context=60)), V5E)
 
 
 def test_preparing_takes_the_kernel_and_shards():
