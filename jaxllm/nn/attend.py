@@ -16,19 +16,21 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxllm.cache import KV
+from jaxllm.cache import Cache, read
 from jaxllm.config import BigBird, Pattern
 from jaxllm.kernels.attention import DECODE_QUERIES
 from jaxllm.kernels.attention import attention as attention_op
 from jaxllm.kernels.bigbird import at_length
-from jaxllm.kernels.modifiers import NONE, Modifiers, bias
-from jaxllm.kernels.reference import names, visible
+from jaxllm.kernels.decode import New
+from jaxllm.kernels.decode import reference as decode_reference
+from jaxllm.kernels.decode_tpu import decode_tpu, refusal
+from jaxllm.kernels.modifiers import NONE, Modifiers
 from jaxllm.nn.position import Tables
 from jaxllm.records import Inputs, Mask
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import mesh_sizes, partition
 
-Cached = tuple[KV, Int[Array, ""] | int]  # a stacked cache, and this layer's index in it
+Cached = tuple[Cache, Int[Array, ""] | int]  # a stacked cache, and this layer's index in it
 NewRows = tuple[Float[Array, "B K T H"], Float[Array, "B K T h"]]
 
 
@@ -171,31 +173,3 @@ def _attend_cached(
     k = jnp.concatenate([old_k.swapaxes(1, 2), k], 1)
     v = jnp.concatenate([old_v.swapaxes(1, 2), v], 1)
     return attend(q, k, v, scoring, joined, Runtime(attention="chunked", layout=runtime.layout))
-
-
-def _decode(q_BTNH: Array, parts: tuple[tuple[Array, Array, Mask], ...], scoring: Scoring) -> Float[Array, "B T N h"]:
-    """softmax over the keys of all parts at once; scores are small since T is."""
-    (B, T, N, H), K, m = q_BTNH.shape, parts[0][0].shape[1], scoring.modifiers
-    q_BTKGH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H)
-    q_BTKGH = q_BTKGH.astype(parts[0][0].dtype)
-    scores = []
-    for k, _, mask in parts:
-        s = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32)
-        s = s if scoring.softcap is None else scoring.softcap * jnp.tanh(s / scoring.softcap)
-        at = names(mask, T, k.shape[2])
-        added = bias(m, at.q_slot_BT, at.k_slot_BS, m.shift_BT)
-        s = s if added is None else s + added.reshape(-1, *s.shape[1:])
-        scores.append(jnp.where(visible(scoring.pattern, at)[:, None, None], s, -jnp.inf))
-    tops = [s.max(-1, keepdims=True) for s in scores]
-    if m.sinks_N is not None:
-        sinks = m.sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
-        tops.append(jnp.broadcast_to(sinks, tops[0].shape))
-    top = jnp.maximum(jnp.max(jnp.concatenate(tops, -1), -1, keepdims=True), -1e30)
-    exps = [jnp.exp(s - top) for s in scores]
-    total = sum(e.sum(-1) for e in exps) + (0.0 if m.sinks_N is None else jnp.exp(tops[-1] - top)[..., 0])
-    out = sum(
-        jnp.einsum("BKGTS,BKSH->BTKGH", e.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        for e, (_, v, _) in zip(exps, parts, strict=True)
-    )
-    out = out / jnp.maximum(total, 1e-30).transpose(0, 3, 1, 2)[..., None]
-    return out.astype(q_BTNH.dtype).reshape(B, T, N, -1)

@@ -1,0 +1,471 @@
+"""Decoding on TPUs: a few queries per row against a cache, as fast as the cache can be read (Pallas, Mosaic).
+
+Unusual, and measured on the compiler's bundles:
+
+- One kernel for all caches: a block is some pages of one row, and a page is a slab [K, rows, H] of all heads, which one
+  copy fetches. A dense cache is "pages in order"; a paged one looks each up in its table.
+- A row's blocks, and then the next row's, are one sequence: the copies of a block begin before the block ahead of it is
+  computed, across rows too, so that HBM never waits. Pages without a live key are not read.
+- Nothing is assumed about what a cache row holds: its slot and its segment come along (8 bytes per token) and the mask
+  is a predicate on them. Rings, windows, padding and packed rows need nothing more.
+- Keys stand still in the matrix unit and the T * G queries of a kv head stream past: a softmax is then on [queries,
+  keys] with full lanes. Sums over keys stay spread over lanes until the row ends.
+- The forward's own new keys and values are the first block, a sink the state before it: the result is final.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple, assert_never
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from jaxllm import config
+from jaxllm.cache import KV, Cache, Paged
+from jaxllm.kernels.call import LOG2_E, dot
+from jaxllm.kernels.decode import New
+from jaxllm.kernels.modifiers import NONE, Modifiers
+from jaxllm.kernels.pattern import allowed
+from jaxllm.kernels.reference import MASKED, Names, visible
+from jaxllm.kernels.tpu_sizes import chip
+
+LANES = 128
+BLOCK_BYTES = 2**20  # of keys and values in a block, about
+NEW = 16  # new tokens are padded to so many
+ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a b^T
+
+
+class Call(NamedTuple):
+    """What is static in a call; hashable. R: queries of a kv head, T * G and padding.  value: width of a value.
+
+    parts: 2, keys and values, or 1, latents.  page: rows; pages: of a block.  table: pages per row of the page table,
+    None for a dense cache.  cores: that share the batch.
+    """
+
+    pattern: config.Pattern
+    scale: float
+    softcap: float | None
+    R: int
+    value: int
+    parts: int
+    page: int
+    pages: int
+    table: int | None
+    cores: int
+
+    @property
+    def block(self) -> int:
+        """Rows of a block."""
+        return self.page * self.pages
+
+
+class Scalars(NamedTuple):
+    """int32, prefetched. layer [1]; lo, hi [B]: live pages of a row; table [B * M], flat, [1] for a dense cache."""
+
+    layer: Any
+    lo: Any
+    hi: Any
+    table: Any
+
+
+class Asked(NamedTuple):
+    """The queries and new tokens of all rows (inside the kernel: of one, and no B).
+
+    q: [B, K, R, H].  names: [B, R, 2], slots and segments.  kv: [B, K, c, n, H], of the n new tokens (and padding).
+    kv_names: [B, 2, n].  sinks, slopes: [K, R, 1] times log2(e), or None.
+    """
+
+    q: Any
+    names: Any
+    kv: Any
+    kv_names: Any
+    sinks: Any
+    slopes: Any
+
+
+class Held(NamedTuple):
+    """A cache in HBM. store: (k, v), (latents,) or (pool,).  scale: of int8 rows.  names: slots, segments [B, 2, S]."""
+
+    names: Any
+    scale: Any
+    store: tuple[Any, ...]
+
+
+class Buffers(NamedTuple):
+    """Two of each in VMEM. kv: [2, K, c, block, H].  scale: [2, K, c, block].  names: [2, 2, block].  sem: [2]."""
+
+    kv: Any
+    scale: Any
+    names: Any
+    sem: Any
+
+
+class Sums(NamedTuple):
+    """Of the online softmax, per kv head. top, total: [K, R, LANES], total one per lane.  out: [K, R, h]. float32."""
+
+    top: Any
+    total: Any
+    out: Any
+
+
+# -------------------------------------------------------------------------------------------------------------- copies
+
+
+def _pages(call: Call, at: Scalars, row: Any, block: Any) -> tuple[Any, Any]:
+    """The live pages of a block: first, and one past the last."""
+    first = block * call.pages
+    return jnp.maximum(at.lo[row], first), jnp.minimum(at.hi[row], first + call.pages)
+
+
+def _copies(call: Call, at: Scalars, held: Held, to: Buffers, row: Any, page: Any, place: tuple[Any, Any, int]) -> Any:
+    """What fetches `count` pages from `page` on. place: the buffer, the page in the block, count (1 if paged)."""
+    (n, into, count), layer = place, at.layer[0]
+    rows, sem = pl.ds(into * call.page, count * call.page), to.sem.at[n]
+    if call.table is not None:
+        found = at.table[row * call.table + page]
+        pairs = [(held.store[0].at[layer, found], to.kv.at[n, :, :, rows])]
+        pairs += [(held.scale.at[layer, found], to.scale.at[n, :, :, rows])] if held.scale is not None else []
+    else:
+        source = pl.ds(pl.multiple_of(page * call.page, call.page), count * call.page)
+        pairs = [(x.at[layer, row, :, source], to.kv.at[n, :, c, rows]) for c, x in enumerate(held.store)]
+        pairs += [(held.scale.at[layer, row, :, :, source], to.scale.at[n, :, :, rows])] if held.scale is not None else []
+    return [pltpu.make_async_copy(*pair, sem) for pair in pairs]
+
+
+def _names_copy(call: Call, held: Held, to: Buffers, row: Any, block: Any, n: Any) -> Any:
+    source = held.names.at[row, :, pl.ds(pl.multiple_of(block * call.block, LANES), call.block)]
+    return pltpu.make_async_copy(source, to.names.at[n], to.sem.at[n])
+
+
+def _start(call: Call, at: Scalars, held: Held, to: Buffers, row: Any, block: Any, n: Any) -> None:
+    """Begin the copies of a block into buffer n."""
+    first, last = _pages(call, at, row, block)
+    begin = partial(_copies, call, at, held, to, row)
+    _names_copy(call, held, to, row, block, n).start()
+
+    @pl.when(last - first == call.pages)
+    def _whole() -> None:
+        steps = [(0, call.pages)] if call.table is None else [(i, 1) for i in range(call.pages)]
+        for i, count in steps:
+            for copy in begin(first + i, (n, i, count)):
+                copy.start()
+
+    @pl.when(last - first < call.pages)
+    def _some() -> None:
+        @pl.loop(first, last)
+        def _(page: Any) -> None:
+            for copy in begin(page, (n, page - block * call.pages, 1)):
+                copy.start()
+
+
+def _wait(call: Call, at: Scalars, held: Held, to: Buffers, row: Any, block: Any, n: Any) -> None:
+    """Wait for what `_start` began."""
+    first, last = _pages(call, at, row, block)
+    _names_copy(call, held, to, row, block, n).wait()
+
+    @pl.when(last - first == call.pages)
+    def _whole() -> None:
+        for buffer in (to.kv, to.scale) if held.scale is not None else (to.kv,):
+            pltpu.make_async_copy(buffer.at[n], buffer.at[n], to.sem.at[n]).wait()
+
+    @pl.when(last - first < call.pages)
+    def _some() -> None:
+        @pl.loop(first, last)
+        def _(page: Any) -> None:
+            for copy in _copies(call, at, held, to, row, page, (n, page - block * call.pages, 1)):
+                copy.wait()
+
+
+# -------------------------------------------------------------------------------------------------------------- kernel
+
+
+def _wide(x: Float[Array, "R lanes"], width: int) -> Float[Array, "R width"]:
+    """Equal lanes, as many as `width`."""
+    if width <= LANES:
+        return x[:, :width]
+    return jnp.concatenate([x] * -(-width // LANES), 1)[:, :width]
+
+
+def _absorb(call: Call, asked: Asked, kv: Any, scale: Any, names: Int[Array, "2 n"], sums: Sums) -> None:
+    """Take keys and values into the sums. kv: [K, c, n, H].  scale: [K, c, n] or None."""
+    (K, n), q_slot = (kv.shape[0], kv.shape[2]), asked.names[:, 0:1]
+    slot, segment = names[0:1], names[1:2]
+    seen = allowed(call.pattern, q_slot, slot) & (segment == asked.names[:, 1:2]) & (segment != 0)
+    scores = [_scores(call, asked, k, kv[k, 0], None if scale is None else scale[k, 0:1], slot - q_slot) for k in range(K)]
+    for k, raw in enumerate(scores):
+        s, old = jnp.where(seen, raw, MASKED), sums.top[k]
+        new = jnp.maximum(old, s.max(1, keepdims=True))
+        p, shrink = jnp.exp2(s - _wide(new, n)), jnp.exp2(old - new)
+        sums.top[k] = new
+        sums.total[k] = sums.total[k] * shrink + _by_lane(p)
+        p = p if scale is None else p * scale[k, call.parts - 1 :]
+        v = kv[k, call.parts - 1, :, : call.value].astype(asked.q.dtype)
+        sums.out[k] = sums.out[k] * _wide(shrink, call.value) + dot(p.astype(v.dtype), v)
+
+
+def _scores(call: Call, asked: Asked, k: int, keys: Array, scale: Any, distance: Array) -> Float[Array, "R n"]:
+    """Scores of one kv head, times log2(e). distance: slots of keys - of queries."""
+    q = asked.q[k]
+    s = dot(q, keys.astype(q.dtype), ROWS_BY_ROWS) * (call.scale * LOG2_E)
+    s = s if scale is None else s * scale
+    if call.softcap is not None:
+        s = jnp.tanh(s * (1 / (call.softcap * LOG2_E))) * (call.softcap * LOG2_E)
+    return s if asked.slopes is None else s + asked.slopes[k] * distance.astype(jnp.float32)
+
+
+def _by_lane(p: Float[Array, "R n"]) -> Float[Array, "R lanes"]:
+    """Sums of columns that are LANES apart; of a narrow p, the sum of each row in the first lane."""
+    if p.shape[1] % LANES == 0:
+        return sum(p[:, i : i + LANES] for i in range(0, p.shape[1], LANES))
+    first = lax.broadcasted_iota(jnp.int32, (p.shape[0], LANES), 1) == 0
+    return jnp.where(first, p.sum(1, keepdims=True), 0.0)
+
+
+def _begin(asked: Asked, sums: Sums) -> None:
+    """Nothing seen yet, or only a sink: a key of value 0."""
+    sums.out[...] = jnp.zeros_like(sums.out)
+    if asked.sinks is None:
+        sums.top[...], sums.total[...] = jnp.full_like(sums.top, MASKED), jnp.zeros_like(sums.total)
+    else:
+        shape = sums.top.shape
+        sums.top[...] = jnp.broadcast_to(asked.sinks[...], shape)
+        sums.total[...] = (lax.broadcasted_iota(jnp.int32, shape, 2) == 0).astype(jnp.float32)
+
+
+def _end(call: Call, sums: Sums, o_ref: Any) -> None:
+    """What the sums come to; zeros for a query that saw nothing."""
+    for k in range(o_ref.shape[0]):
+        seen, total = sums.top[k] > MASKED / 2, sums.total[k].sum(1, keepdims=True)
+        o = sums.out[k] / jnp.where(total > 0, total, 1.0)
+        o_ref[k] = jnp.where(_wide(seen.astype(jnp.float32), call.value) > 0, o, 0.0).astype(o_ref.dtype)
+
+
+def _kernel(call: Call, tree: Any, *refs: Any) -> None:
+    """Grid (cores, rows of a core). tree: of the references."""
+    at, asked, held, o_ref, to, sums, turn = jax.tree.unflatten(tree, refs)
+    rows = pl.num_programs(1)
+    row, end = pl.program_id(0) * rows + pl.program_id(1), (pl.program_id(0) + 1) * rows
+
+    def blocks(row: Any) -> tuple[Any, Any]:
+        """Of a row, at least one, which may have no page to fetch."""
+        first = lax.div(at.lo[row], call.pages)
+        return first, jnp.maximum(lax.div(at.hi[row] + (call.pages - 1), call.pages), first + 1)
+
+    first, last = blocks(row)
+
+    @pl.when(pl.program_id(1) == 0)
+    def _first_row() -> None:
+        turn[0] = 0
+        for buffer in (to.kv, to.scale) if to.scale is not None else (to.kv,):
+            buffer[...] = jnp.zeros_like(buffer)  # pages that are not fetched get weight 0, and 0 times NaN is NaN
+        _start(call, at, held, to, row, first, 0)
+
+    _begin(asked, sums)
+    _absorb(call, asked, asked.kv, None, asked.kv_names[...], sums)
+
+    @pl.loop(first, last)
+    def _block(block: Any) -> None:
+        n, over = turn[0], block + 1 == last
+        next_row = jnp.where(over, row + 1, row)
+
+        @pl.when(next_row < end)
+        def _ahead() -> None:
+            next_block = jnp.where(over, blocks(jnp.minimum(row + 1, end - 1))[0], block + 1)
+            _start(call, at, held, to, next_row, next_block, 1 - n)
+
+        _wait(call, at, held, to, row, block, n)
+        _absorb(call, asked, to.kv.at[n], None if to.scale is None else to.scale.at[n], to.names[n], sums)
+        turn[0] = 1 - n
+
+    _end(call, sums, o_ref)
+
+
+def _run(call: Call, at: Scalars, asked: Asked, held: Held, interpret: Any) -> Float[Array, "B K R h"]:
+    B, K, R, H = asked.q.shape
+    rows, scaled = B // call.cores, held.scale is not None
+
+    def per_row(x: Array) -> pl.BlockSpec:
+        zeros = (0,) * (x.ndim - 1)
+        return pl.BlockSpec((None, *x.shape[1:]), lambda core, i, *_: (core * rows + i, *zeros))
+
+    def whole(x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+
+    specs = [*map(per_row, asked[:4]), *map(whole, jax.tree.leaves(asked[4:]))]
+    specs += [pl.BlockSpec(memory_space=pl.ANY)] * len(jax.tree.leaves(held))
+    out = jax.ShapeDtypeStruct((B, K, R, call.value), asked.q.dtype)
+    sums = Sums(*(pltpu.VMEM((K, R, width), jnp.float32) for width in (LANES, LANES, call.value)))
+    buffers = Buffers(
+        pltpu.VMEM((2, K, call.parts, call.block, H), held.store[0].dtype),
+        pltpu.VMEM((2, K, call.parts, call.block), jnp.float32) if scaled else None,
+        pltpu.VMEM((2, 2, call.block), jnp.int32),
+        pltpu.SemaphoreType.DMA((2,)),
+    )
+    scratch = (buffers, sums, pltpu.SMEM((1,), jnp.int32))
+    leaf = lambda x: x is not None and not isinstance(x, tuple)
+    tree = jax.tree.structure((at, asked, held, out, *scratch), is_leaf=leaf)
+    return pl.pallas_call(
+        partial(_kernel, call, tree),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(at),
+            grid=(call.cores, rows),
+            in_specs=specs,
+            out_specs=per_row(out),
+            scratch_shapes=jax.tree.leaves(scratch, is_leaf=leaf),
+        ),
+        out_shape=out,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chip().vmem * 7 // 8
+        ),
+        interpret=interpret,
+        name="decode_attention",
+    )(*jax.tree.leaves((at, asked, held)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- call
+
+
+def decode_tpu(
+    q_BTNH: Float[Array, "B T N H"],
+    new: New,
+    cached: tuple[Cache, Any],
+    pattern: config.Pattern,
+    modifiers: Modifiers = NONE,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    interpret: Any = False,
+) -> Float[Array, "B T N h"]:
+    """`decode.reference` in one kernel on one TPU device, for what `refusal` does not refuse.
+
+    interpret: True, or `pltpu.InterpretParams`, for tests. Raises ValueError with the reason of a refusal.
+    """
+    cache, index = cached
+    reason = refusal(q_BTNH.shape, cache, pattern, new, modifiers)
+    if reason is not None:
+        raise ValueError(f"decode_tpu: {reason}; use the reference")
+    (B, T, N, _), (K, h) = q_BTNH.shape, (new.k.shape[2], new.v.shape[3])
+    page, pages = _cut(cache)
+    call = Call(
+        pattern,
+        scale,
+        softcap,
+        -(-T * N // K // 8) * 8,
+        h,
+        _parts(cache),
+        page,
+        pages,
+        cache.table_BM.shape[1] if isinstance(cache, Paged) else None,
+        chip().cores if B % chip().cores == 0 else 1,
+    )
+    asked = _operands(call, q_BTNH, new, modifiers)
+    o = _run(call, _scalars(call, cache, index, new), asked, _held(call, cache), interpret)
+    o_BKTGh = o[:, :, : T * N // K].reshape(B, K, T, N // K, h)
+    return o_BKTGh.transpose(0, 2, 1, 3, 4).reshape(B, T, N, h)
+
+
+def refusal(q: tuple[int, ...], cache: Cache, pattern: config.Pattern, new: New, modifiers: Modifiers) -> str | None:
+    """Why the kernel does not take this call; None when it does."""
+    rows, item = _page(cache), jnp.dtype(_dtype(cache)).itemsize
+    least = LANES if cache.scale is not None else 32 // item
+    m = modifiers
+    if rows % least or (rows > LANES and rows % LANES):
+        return f"rows come in pages of {rows}, which must be {least} to {LANES}, or a multiple of {LANES}"
+    if new.prefix_B is not None:
+        return "prefixes are not known to the kernel"
+    if m.table_RN is not None or (m.alibi is not None and m.alibi.rounded):
+        return f"scores are modified by {m.relative or m.alibi}"
+    if not _simple(pattern):
+        return f"{pattern} is not made of Full, Causal and Local"
+    return None
+
+
+def _simple(pattern: config.Pattern) -> bool:
+    match pattern:
+        case config.And(left, right) | config.Or(left, right):
+            return _simple(left) and _simple(right)
+        case _:
+            return isinstance(pattern, config.Full | config.Causal | config.Local)
+
+
+def _dtype(cache: Cache) -> Any:
+    return cache.k.dtype if isinstance(cache, KV) else cache.kv.dtype
+
+
+def _page(cache: Cache) -> int:
+    """Rows that are fetched or left out together; of a dense cache a divisor of its length."""
+    match cache:
+        case KV():
+            return math.gcd(cache.k.shape[3], LANES)
+        case Paged():
+            return cache.kv.shape[4]
+        case other:
+            assert_never(other)
+
+
+def _parts(cache: Cache) -> int:
+    """2 where keys and values are kept, 1 for latents."""
+    return cache.kv.shape[3] if isinstance(cache, Paged) else 2 if cache.v.shape[-1] else 1
+
+
+def _cut(cache: Cache) -> tuple[int, int]:
+    """Rows of a page, and pages of a block: whole lanes, about BLOCK_BYTES, no longer than the cache."""
+    store, page = cache.kv if isinstance(cache, Paged) else cache.k, _page(cache)
+    row = store.shape[2] * _parts(cache) * -(-store.shape[-1] // LANES) * LANES * store.dtype.itemsize
+    unit, size = max(page, LANES), cache.slot_BS.shape[1]
+    return page, min(max(BLOCK_BYTES // row // unit, 1), -(-size // unit)) * unit // page
+
+
+def _held(call: Call, cache: Cache) -> Held:
+    names = _rows(jnp.stack([cache.slot_BS, cache.segment_BS], 1), 2, call.block)
+    match cache:
+        case KV():
+            return Held(names, cache.scale, (cache.k, cache.v)[: call.parts])
+        case Paged():
+            return Held(names, cache.scale, (cache.kv,))
+        case other:
+            assert_never(other)
+
+
+def _rows(x: Array, axis: int, unit: int) -> Float[Array, "..."]:
+    """x with zeros behind it along an axis, up to a multiple of `unit`."""
+    return jnp.pad(x, [(0, -n % unit if i == axis else 0) for i, n in enumerate(x.shape)])
+
+
+def _scalars(call: Call, cache: Cache, index: Any, new: New) -> Scalars:
+    """Which pages of each row hold a key that one of its queries sees."""
+    at = Names(new.slot_BT, cache.slot_BS, new.segment_BT, cache.segment_BS, None)
+    live_BS = visible(call.pattern, at).any(1)
+    place = jnp.arange(live_BS.shape[1], dtype=jnp.int32)[None]
+    hi = jnp.max(jnp.where(live_BS, place + 1, 0), 1)
+    lo = jnp.minimum(jnp.min(jnp.where(live_BS, place, live_BS.shape[1]), 1), hi)
+    table = cache.table_BM.ravel() if isinstance(cache, Paged) else jnp.zeros(1, jnp.int32)
+    return Scalars(jnp.asarray(index, jnp.int32).reshape(1), lo // call.page, -(-hi // call.page), table)
+
+
+def _operands(call: Call, q_BTNH: Array, new: New, m: Modifiers) -> Asked:
+    """Queries and new tokens, heads first and in whole tiles. Padding is of segment 0, which meets nothing."""
+    (B, T, N, H), K = q_BTNH.shape, new.k.shape[2]
+    names_BT2 = jnp.stack([new.slot_BT, new.segment_BT], 2).astype(jnp.int32)
+    kv = jnp.stack([x.swapaxes(1, 2) for x in (new.k, new.v)[: call.parts]], 2)
+
+    def per_head(x: Array | None) -> Any:
+        if x is None:
+            return None
+        return _rows(jnp.tile((x * LOG2_E).astype(jnp.float32).reshape(K, -1), T)[..., None], 1, call.R)
+
+    slopes = None if m.slopes_N is None or m.alibi is None else m.slopes_N * m.alibi.scale
+    return Asked(
+        _rows(q_BTNH.reshape(B, T, K, -1, H).swapaxes(1, 2).reshape(B, K, -1, H), 2, call.R),
+        _rows(jnp.repeat(names_BT2, N // K, 1), 1, call.R),
+        _rows(kv, 3, NEW),
+        _rows(names_BT2, 1, NEW).swapaxes(1, 2),
+        per_head(m.sinks_N),
+        per_head(slopes),
+    )
