@@ -16,6 +16,7 @@ Unusual, and measured on the compiler's bundles:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, assert_never
 
@@ -36,7 +37,8 @@ from jaxllm.kernels.reference import MASKED, Names, visible
 from jaxllm.kernels.tpu_sizes import chip
 
 LANES = 128
-BLOCK_BYTES = 2**20  # of keys and values in a block, about
+BLOCK_BYTES = 2*2**20  # of keys and values in a block, about
+BUFFERS = 3  # blocks in VMEM: one is computed while others are on their way, longer than a copy's latency
 NEW = 16  # new tokens are padded to so many
 ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a b^T
 
@@ -77,7 +79,7 @@ class Scalars(NamedTuple):
 class Asked(NamedTuple):
     """The queries and new tokens of all rows (inside the kernel: of one, and no B).
 
-    q: [B, K, R, H].  names: [B, R, 2], slots and segments.  kv: [B, K, c, n, H], of the n new tokens (and padding).
+    q: [B, K, R, H].  names: [B, R, 2], slots and segments.  kv: [B, 1, K, c, n, H], of the n new tokens (and padding).
     kv_names: [B, 2, n].  sinks, slopes: [K, R, 1] times log2(e), or None.
     """
 
@@ -98,7 +100,10 @@ class Held(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Two of each in VMEM. kv: [2, K, c, block, H].  scale: [2, K, c, block].  names: [2, 2, block].  sem: [2]."""
+    """n = BUFFERS of each in VMEM. kv: [n, pages, K, c, page, H].  scale: [n, pages, K, c, page].  names: [n, 2, block].
+
+    sem: [n], raised by every copy into a buffer.
+    """
 
     kv: Any
     scale: Any
@@ -117,25 +122,19 @@ class Sums(NamedTuple):
 # -------------------------------------------------------------------------------------------------------------- copies
 
 
-def _pages(call: Call, at: Scalars, row: Any, block: Any) -> tuple[Any, Any]:
-    """The live pages of a block: first, and one past the last."""
-    first = block * call.pages
-    return jnp.maximum(at.lo[row], first), jnp.minimum(at.hi[row], first + call.pages)
-
-
-def _copies(call: Call, at: Scalars, held: Held, to: Buffers, row: Any, page: Any, place: tuple[Any, Any, int]) -> Any:
-    """What fetches `count` pages from `page` on. place: the buffer, the page in the block, count (1 if paged)."""
-    (n, into, count), layer = place, at.layer[0]
-    rows, sem = pl.ds(into * call.page, count * call.page), to.sem.at[n]
+def _copies(call: Call, at: Scalars, held: Held, to: Buffers, row: Any, page: Any, place: tuple[Any, Any]) -> Any:
+    """What fetches one page. place: the buffer, and the page in its block."""
+    layer, (n, into) = at.layer[0], place
     if call.table is not None:
         found = at.table[row * call.table + page]
-        pairs = [(held.store[0].at[layer, found], to.kv.at[n, :, :, rows])]
-        pairs += [(held.scale.at[layer, found], to.scale.at[n, :, :, rows])] if held.scale is not None else []
+        pairs = [(held.store[0].at[layer, found], to.kv.at[n, into])]
+        scale = None if held.scale is None else held.scale.at[layer, found]
     else:
-        source = pl.ds(pl.multiple_of(page * call.page, call.page), count * call.page)
-        pairs = [(x.at[layer, row, :, source], to.kv.at[n, :, c, rows]) for c, x in enumerate(held.store)]
-        pairs += [(held.scale.at[layer, row, :, :, source], to.scale.at[n, :, :, rows])] if held.scale is not None else []
-    return [pltpu.make_async_copy(*pair, sem) for pair in pairs]
+        rows = pl.ds(pl.multiple_of(page * call.page, call.page), call.page)
+        pairs = [(x.at[layer, row, :, rows], to.kv.at[n, into, :, c]) for c, x in enumerate(held.store)]
+        scale = None if held.scale is None else held.scale.at[layer, row, :, :, rows]
+    pairs += [] if scale is None else [(scale, to.scale.at[n, into])]
+    return [pltpu.make_async_copy(*pair, to.sem.at[n]) for pair in pairs]
 
 
 def _names_copy(call: Call, held: Held, to: Buffers, row: Any, block: Any, n: Any) -> Any:
@@ -143,43 +142,63 @@ def _names_copy(call: Call, held: Held, to: Buffers, row: Any, block: Any, n: An
     return pltpu.make_async_copy(source, to.names.at[n], to.sem.at[n])
 
 
+def _whole(call: Call, at: Scalars, row: Any, block: Any) -> Any:
+    """Whether all pages of a block are live."""
+    first = block * call.pages
+    return (at.lo[row] <= first) & (first + call.pages <= at.hi[row])
+
+
+def _by_page(
+    call: Call, at: Scalars, row: Any, block: Any, live: Callable[..., None], dead: Callable[..., None]
+) -> None:
+    """Calls live(page, its place in the block) or dead(place) for the pages of a block."""
+
+    @pl.loop(0, call.pages)
+    def _(i: Any) -> None:
+        page = block * call.pages + i
+        is_live = (at.lo[row] <= page) & (page < at.hi[row])
+        pl.when(is_live)(partial(live, page, i))
+        pl.when(jnp.logical_not(is_live))(partial(dead, i))
+
+
 def _start(call: Call, at: Scalars, held: Held, to: Buffers, row: Any, block: Any, n: Any) -> None:
     """Begin the copies of a block into buffer n."""
-    first, last = _pages(call, at, row, block)
-    begin = partial(_copies, call, at, held, to, row)
+    whole = _whole(call, at, row, block)
     _names_copy(call, held, to, row, block, n).start()
 
-    @pl.when(last - first == call.pages)
-    def _whole() -> None:
-        steps = [(0, call.pages)] if call.table is None else [(i, 1) for i in range(call.pages)]
-        for i, count in steps:
-            for copy in begin(first + i, (n, i, count)):
-                copy.start()
+    def start(page: Any, i: Any) -> None:
+        for copy in _copies(call, at, held, to, row, page, (n, i)):
+            copy.start()
 
-    @pl.when(last - first < call.pages)
-    def _some() -> None:
-        @pl.loop(first, last)
-        def _(page: Any) -> None:
-            for copy in begin(page, (n, page - block * call.pages, 1)):
-                copy.start()
+    def clear(i: Any) -> None:
+        """Values that are not fetched get weight 0, and 0 times NaN is NaN."""
+        to.kv[n, i, :, call.parts - 1] = jnp.zeros_like(to.kv[n, i, :, call.parts - 1])
+        if to.scale is not None:
+            to.scale[n, i] = jnp.zeros_like(to.scale[n, i])
+
+    @pl.when(whole)
+    def _all() -> None:
+        for i in range(call.pages):
+            start(block * call.pages + i, i)
+
+    pl.when(jnp.logical_not(whole))(partial(_by_page, call, at, row, block, start, clear))
 
 
 def _wait(call: Call, at: Scalars, held: Held, to: Buffers, row: Any, block: Any, n: Any) -> None:
     """Wait for what `_start` began."""
-    first, last = _pages(call, at, row, block)
+    whole = _whole(call, at, row, block)
     _names_copy(call, held, to, row, block, n).wait()
 
-    @pl.when(last - first == call.pages)
-    def _whole() -> None:
-        for buffer in (to.kv, to.scale) if held.scale is not None else (to.kv,):
+    def wait(page: Any, i: Any) -> None:
+        for copy in _copies(call, at, held, to, row, page, (n, i)):
+            copy.wait()
+
+    @pl.when(whole)
+    def _all() -> None:
+        for buffer in (to.kv, to.scale) if to.scale is not None else (to.kv,):
             pltpu.make_async_copy(buffer.at[n], buffer.at[n], to.sem.at[n]).wait()
 
-    @pl.when(last - first < call.pages)
-    def _some() -> None:
-        @pl.loop(first, last)
-        def _(page: Any) -> None:
-            for copy in _copies(call, at, held, to, row, page, (n, page - block * call.pages, 1)):
-                copy.wait()
+    pl.when(jnp.logical_not(whole))(partial(_by_page, call, at, row, block, wait, lambda i: None))
 
 
 # -------------------------------------------------------------------------------------------------------------- kernel
@@ -193,29 +212,34 @@ def _wide(x: Float[Array, "R lanes"], width: int) -> Float[Array, "R width"]:
 
 
 def _absorb(call: Call, asked: Asked, kv: Any, scale: Any, names: Int[Array, "2 n"], sums: Sums) -> None:
-    """Take keys and values into the sums. kv: [K, c, n, H].  scale: [K, c, n] or None."""
-    (K, n), q_slot = (kv.shape[0], kv.shape[2]), asked.names[:, 0:1]
-    slot, segment = names[0:1], names[1:2]
+    """Take a block of keys and values into the sums. kv: [pages, K, c, rows, H].  scale: [pages, K, c, rows] or None."""
+    (pages, K), last = kv.shape[:2], call.parts - 1
+    n, slot, q_slot = pages * kv.shape[3], names[0:1], asked.names[:, 0:1]
+    segment = names[1:2]
     seen = allowed(call.pattern, q_slot, slot) & (segment == asked.names[:, 1:2]) & (segment != 0)
-    scores = [_scores(call, asked, k, kv[k, 0], None if scale is None else scale[k, 0:1], slot - q_slot) for k in range(K)]
-    for k, raw in enumerate(scores):
-        s, old = jnp.where(seen, raw, MASKED), sums.top[k]
+
+    def rows(k: int, c: int) -> Array:
+        return kv[:, k, c].reshape(n, -1).astype(asked.q.dtype)
+
+    def scaled(x: Array, k: int, c: int) -> Array:
+        return x if scale is None else x * jnp.concatenate([scale[i, k, c : c + 1] for i in range(pages)], 1)
+
+    raw = [_scores(call, asked, k, scaled(dot(asked.q[k], rows(k, 0), ROWS_BY_ROWS), k, 0), slot - q_slot) for k in range(K)]
+    for k in range(K):
+        s, old = jnp.where(seen, raw[k], MASKED), sums.top[k]
         new = jnp.maximum(old, s.max(1, keepdims=True))
         p, shrink = jnp.exp2(s - _wide(new, n)), jnp.exp2(old - new)
         sums.top[k] = new
         sums.total[k] = sums.total[k] * shrink + _by_lane(p)
-        p = p if scale is None else p * scale[k, call.parts - 1 :]
-        v = kv[k, call.parts - 1, :, : call.value].astype(asked.q.dtype)
-        sums.out[k] = sums.out[k] * _wide(shrink, call.value) + dot(p.astype(v.dtype), v)
+        v = rows(k, last)[:, : call.value]
+        sums.out[k] = sums.out[k] * _wide(shrink, call.value) + dot(scaled(p, k, last).astype(v.dtype), v)
 
 
-def _scores(call: Call, asked: Asked, k: int, keys: Array, scale: Any, distance: Array) -> Float[Array, "R n"]:
-    """Scores of one kv head, times log2(e). distance: slots of keys - of queries."""
-    q = asked.q[k]
-    s = dot(q, keys.astype(q.dtype), ROWS_BY_ROWS) * (call.scale * LOG2_E)
-    s = s if scale is None else s * scale
+def _scores(call: Call, asked: Asked, k: int, raw: Array, distance: Array) -> Float[Array, "R n"]:
+    """Scores of one kv head, times log2(e), from products. distance: slots of keys - of queries."""
+    s = raw * (call.scale * LOG2_E)
     if call.softcap is not None:
-        s = jnp.tanh(s * (1 / (call.softcap * LOG2_E))) * (call.softcap * LOG2_E)
+        s = jnp.tanh(raw * (call.scale / call.softcap)) * (call.softcap * LOG2_E)
     return s if asked.slopes is None else s + asked.slopes[k] * distance.astype(jnp.float32)
 
 
@@ -247,8 +271,11 @@ def _end(call: Call, sums: Sums, o_ref: Any) -> None:
 
 
 def _kernel(call: Call, tree: Any, *refs: Any) -> None:
-    """Grid (cores, rows of a core). tree: of the references."""
-    at, asked, held, o_ref, to, sums, turn = jax.tree.unflatten(tree, refs)
+    """Grid (cores, rows of a core). tree: of the references.
+
+    ahead: the buffer to be computed next, and the row and block to be fetched next; kept from row to row.
+    """
+    at, asked, held, o_ref, to, sums, ahead = jax.tree.unflatten(tree, refs)
     rows = pl.num_programs(1)
     row, end = pl.program_id(0) * rows + pl.program_id(1), (pl.program_id(0) + 1) * rows
 
@@ -257,31 +284,34 @@ def _kernel(call: Call, tree: Any, *refs: Any) -> None:
         first = lax.div(at.lo[row], call.pages)
         return first, jnp.maximum(lax.div(at.hi[row] + (call.pages - 1), call.pages), first + 1)
 
+    def fetch(buffer: Any) -> None:
+        """Begin the copies of the next block that is not yet on its way."""
+        at_row, block = ahead[1], ahead[2]
+
+        @pl.when(at_row < end)
+        def _() -> None:
+            _start(call, at, held, to, at_row, block, buffer)
+            over = block + 1 == blocks(at_row)[1]
+            ahead[1] = jnp.where(over, at_row + 1, at_row)
+            ahead[2] = jnp.where(over, blocks(jnp.minimum(at_row + 1, end - 1))[0], block + 1)
+
     first, last = blocks(row)
 
     @pl.when(pl.program_id(1) == 0)
     def _first_row() -> None:
-        turn[0] = 0
-        for buffer in (to.kv, to.scale) if to.scale is not None else (to.kv,):
-            buffer[...] = jnp.zeros_like(buffer)  # pages that are not fetched get weight 0, and 0 times NaN is NaN
-        _start(call, at, held, to, row, first, 0)
+        ahead[0], ahead[1], ahead[2] = 0, row, first
+        pl.loop(0, BUFFERS - 1)(fetch)
 
     _begin(asked, sums)
     _absorb(call, asked, asked.kv, None, asked.kv_names[...], sums)
 
     @pl.loop(first, last)
     def _block(block: Any) -> None:
-        n, over = turn[0], block + 1 == last
-        next_row = jnp.where(over, row + 1, row)
-
-        @pl.when(next_row < end)
-        def _ahead() -> None:
-            next_block = jnp.where(over, blocks(jnp.minimum(row + 1, end - 1))[0], block + 1)
-            _start(call, at, held, to, next_row, next_block, 1 - n)
-
+        n = ahead[0]
+        fetch(jnp.where(n == 0, BUFFERS - 1, n - 1))
         _wait(call, at, held, to, row, block, n)
         _absorb(call, asked, to.kv.at[n], None if to.scale is None else to.scale.at[n], to.names[n], sums)
-        turn[0] = 1 - n
+        ahead[0] = jnp.where(n == BUFFERS - 1, 0, n + 1)
 
     _end(call, sums, o_ref)
 
@@ -302,12 +332,12 @@ def _run(call: Call, at: Scalars, asked: Asked, held: Held, interpret: Any) -> F
     out = jax.ShapeDtypeStruct((B, K, R, call.value), asked.q.dtype)
     sums = Sums(*(pltpu.VMEM((K, R, width), jnp.float32) for width in (LANES, LANES, call.value)))
     buffers = Buffers(
-        pltpu.VMEM((2, K, call.parts, call.block, H), held.store[0].dtype),
-        pltpu.VMEM((2, K, call.parts, call.block), jnp.float32) if scaled else None,
-        pltpu.VMEM((2, 2, call.block), jnp.int32),
-        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.VMEM((BUFFERS, call.pages, K, call.parts, call.page, H), held.store[0].dtype),
+        pltpu.VMEM((BUFFERS, call.pages, K, call.parts, call.page), jnp.float32) if scaled else None,
+        pltpu.VMEM((BUFFERS, 2, call.block), jnp.int32),
+        pltpu.SemaphoreType.DMA((BUFFERS,)),
     )
-    scratch = (buffers, sums, pltpu.SMEM((1,), jnp.int32))
+    scratch = (buffers, sums, pltpu.SMEM((3,), jnp.int32))
     leaf = lambda x: x is not None and not isinstance(x, tuple)
     tree = jax.tree.structure((at, asked, held, out, *scratch), is_leaf=leaf)
     return pl.pallas_call(
@@ -464,7 +494,7 @@ def _operands(call: Call, q_BTNH: Array, new: New, m: Modifiers) -> Asked:
     return Asked(
         _rows(q_BTNH.reshape(B, T, K, -1, H).swapaxes(1, 2).reshape(B, K, -1, H), 2, call.R),
         _rows(jnp.repeat(names_BT2, N // K, 1), 1, call.R),
-        _rows(kv, 3, NEW),
+        _rows(kv, 3, NEW)[:, None],
         _rows(names_BT2, 1, NEW).swapaxes(1, 2),
         per_head(m.sinks_N),
         per_head(slopes),
