@@ -224,7 +224,7 @@ def _absorb(call: Call, asked: Asked, kv: Any, scale: Any, names: Int[Array, "2 
     def scaled(x: Array, k: int, c: int) -> Array:
         return x if scale is None else x * jnp.concatenate([scale[i, k, c : c + 1] for i in range(pages)], 1)
 
-    raw = [_scores(call, asked, k, scaled(dot(asked.q[k], rows(k, 0), ROWS_BY_ROWS), k, 0), slot - q_slot) for k in range(K)]
+    raw = [_scores(call, asked, k, scaled(_products(asked.q[k], rows(k, 0)), k, 0), slot - q_slot) for k in range(K)]
     for k in range(K):
         s, old = jnp.where(seen, raw[k], MASKED), sums.top[k]
         new = jnp.maximum(old, s.max(1, keepdims=True))
@@ -233,6 +233,13 @@ def _absorb(call: Call, asked: Asked, kv: Any, scale: Any, names: Int[Array, "2 
         sums.total[k] = sums.total[k] * shrink + _by_lane(p)
         v = rows(k, last)[:, : call.value]
         sums.out[k] = sums.out[k] * _wide(shrink, call.value) + dot(scaled(p, k, last).astype(v.dtype), v)
+
+
+def _products(q: Float[Array, "R H"], k: Float[Array, "n H"]) -> Float[Array, "R n"]:
+    """q k^T. The width beyond whole matrix units is apart, or all of k would be transposed before it is multiplied."""
+    whole = q.shape[1] // 256 * 256
+    cuts = [part for part in (slice(whole), slice(whole, None)) if q[:, part].shape[1]]
+    return sum(dot(q[:, part], k[:, part], ROWS_BY_ROWS) for part in cuts)
 
 
 def _scores(call: Call, asked: Asked, k: int, raw: Array, distance: Array) -> Float[Array, "R n"]:
@@ -351,7 +358,9 @@ def _run(call: Call, at: Scalars, asked: Asked, held: Held, interpret: Any) -> F
         ),
         out_shape=out,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chip().vmem * 7 // 8
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=chip().vmem * 7 // 8,
+            disable_bounds_checks=True,  # of copies: as many scalar instructions as a small page's copy itself
         ),
         interpret=interpret,
         name="decode_attention",
@@ -448,8 +457,9 @@ def _cut(cache: Cache) -> tuple[int, int]:
     """Rows of a page, and pages of a block: whole lanes, about BLOCK_BYTES, no longer than the cache."""
     store, page = cache.kv if isinstance(cache, Paged) else cache.k, _page(cache)
     row = store.shape[2] * _parts(cache) * -(-store.shape[-1] // LANES) * LANES * store.dtype.itemsize
-    unit, size = max(page, LANES), cache.slot_BS.shape[1]
-    return page, min(max(BLOCK_BYTES // row // unit, 1), -(-size // unit)) * unit // page
+    unit = max(page, LANES)
+    units, most = -(-cache.slot_BS.shape[1] // unit), max(BLOCK_BYTES // row // unit, 1)
+    return page, -(-units // -(-units // most)) * unit // page
 
 
 def _held(call: Call, cache: Cache) -> Held:
