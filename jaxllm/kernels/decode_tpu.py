@@ -211,28 +211,48 @@ def _wide(x: Float[Array, "R lanes"], width: int) -> Float[Array, "R width"]:
     return jnp.concatenate([x] * -(-width // LANES), 1)[:, :width]
 
 
-def _absorb(call: Call, asked: Asked, kv: Any, scale: Any, names: Int[Array, "2 n"], sums: Sums) -> None:
-    """Take a block of keys and values into the sums. kv: [pages, K, c, rows, H].  scale: [pages, K, c, rows] or None."""
-    (pages, K), last = kv.shape[:2], call.parts - 1
-    n, slot, q_slot = pages * kv.shape[3], names[0:1], asked.names[:, 0:1]
-    segment = names[1:2]
-    seen = allowed(call.pattern, q_slot, slot) & (segment == asked.names[:, 1:2]) & (segment != 0)
+class Piece(NamedTuple):
+    """Keys and values to take in. kv: [pages, K, c, rows, H].  scale: [pages, K, c, rows] or None.  names: [2, n]."""
 
-    def rows(k: int, c: int) -> Array:
-        return kv[:, k, c].reshape(n, -1).astype(asked.q.dtype)
+    kv: Any
+    scale: Any
+    names: Any
 
-    def scaled(x: Array, k: int, c: int) -> Array:
-        return x if scale is None else x * jnp.concatenate([scale[i, k, c : c + 1] for i in range(pages)], 1)
+    def rows(self, k: int, c: int, dtype: Any) -> Array:
+        """Keys (c = 0) or values (c = -1) of a head, [n, H]."""
+        pages, _, parts, size, _ = self.kv.shape
+        return self.kv[:, k, c % parts].reshape(pages * size, -1).astype(dtype)
 
-    raw = [_scores(call, asked, k, scaled(_products(asked.q[k], rows(k, 0)), k, 0), slot - q_slot) for k in range(K)]
-    for k in range(K):
-        s, old = jnp.where(seen, raw[k], MASKED), sums.top[k]
-        new = jnp.maximum(old, s.max(1, keepdims=True))
-        p, shrink = jnp.exp2(s - _wide(new, n)), jnp.exp2(old - new)
-        sums.top[k] = new
-        sums.total[k] = sums.total[k] * shrink + _by_lane(p)
-        v = rows(k, last)[:, : call.value]
-        sums.out[k] = sums.out[k] * _wide(shrink, call.value) + dot(scaled(p, k, last).astype(v.dtype), v)
+    def scaled(self, x: Float[Array, "R n"], k: int, c: int) -> Float[Array, "R n"]:
+        """x with each column times the scale of its row."""
+        if self.scale is None:
+            return x
+        pages, _, parts, _ = self.scale.shape
+        return x * jnp.concatenate([self.scale[i, k, c % parts][None] for i in range(pages)], 1)
+
+
+def _absorb(call: Call, asked: Asked, pieces: list[Piece], sums: Sums) -> None:
+    """Take pieces into the sums, under one maximum."""
+    q, q_slot, q_segment = asked.q, asked.names[:, 0:1], asked.names[:, 1:2]
+    found: list[list[Array]] = []
+    for piece in pieces:
+        slot, segment = piece.names[0:1], piece.names[1:2]
+        seen = allowed(call.pattern, q_slot, slot) & (segment == q_segment) & (segment != 0)
+        for k in range(q.shape[0]):
+            s = piece.scaled(_products(q[k], piece.rows(k, 0, q.dtype)), k, 0)
+            s = jnp.where(seen, _scores(call, asked, k, s, slot - q_slot), MASKED)
+            found = [*found, [s]] if len(found) <= k else [*found[:k], [*found[k], s], *found[k + 1 :]]
+    for k, scores in enumerate(found):
+        new = old = sums.top[k]
+        for s in scores:
+            new = jnp.maximum(new, s.max(1, keepdims=True))
+        shrink = jnp.exp2(old - new)
+        total, out = sums.total[k] * shrink, sums.out[k] * _wide(shrink, call.value)
+        for s, piece in zip(scores, pieces, strict=True):
+            p = jnp.exp2(s - _wide(new, s.shape[1]))
+            v = piece.rows(k, -1, q.dtype)[:, : call.value]
+            total, out = total + _by_lane(p), out + dot(piece.scaled(p, k, -1).astype(v.dtype), v)
+        sums.top[k], sums.total[k], sums.out[k] = new, total, out
 
 
 def _products(q: Float[Array, "R H"], k: Float[Array, "n H"]) -> Float[Array, "R n"]:
@@ -310,14 +330,15 @@ def _kernel(call: Call, tree: Any, *refs: Any) -> None:
         pl.loop(0, BUFFERS - 1)(fetch)
 
     _begin(asked, sums)
-    _absorb(call, asked, asked.kv, None, asked.kv_names[...], sums)
 
     @pl.loop(first, last)
     def _block(block: Any) -> None:
         n = ahead[0]
         fetch(jnp.where(n == 0, BUFFERS - 1, n - 1))
         _wait(call, at, held, to, row, block, n)
-        _absorb(call, asked, to.kv.at[n], None if to.scale is None else to.scale.at[n], to.names[n], sums)
+        own = jnp.where(block == first, asked.kv_names[...], 0)  # the new tokens are seen once
+        scale = None if to.scale is None else to.scale.at[n]
+        _absorb(call, asked, [Piece(to.kv.at[n], scale, to.names[n]), Piece(asked.kv, None, own)], sums)
         ahead[0] = jnp.where(n == BUFFERS - 1, 0, n + 1)
 
     _end(call, sums, o_ref)
@@ -386,7 +407,7 @@ def decode_tpu(
     interpret: True, or `pltpu.InterpretParams`, for tests. Raises ValueError with the reason of a refusal.
     """
     cache, index = cached
-    reason = refusal(q_BTNH.shape, cache, pattern, new, modifiers)
+    reason = refusal(cache, pattern, new, modifiers)
     if reason is not None:
         raise ValueError(f"decode_tpu: {reason}; use the reference")
     (B, T, N, _), (K, h) = q_BTNH.shape, (new.k.shape[2], new.v.shape[3])
@@ -409,7 +430,7 @@ def decode_tpu(
     return o_BKTGh.transpose(0, 2, 1, 3, 4).reshape(B, T, N, h)
 
 
-def refusal(q: tuple[int, ...], cache: Cache, pattern: config.Pattern, new: New, modifiers: Modifiers) -> str | None:
+def refusal(cache: Cache, pattern: config.Pattern, new: New, modifiers: Modifiers) -> str | None:
     """Why the kernel does not take this call; None when it does."""
     rows, item = _page(cache), jnp.dtype(_dtype(cache)).itemsize
     least = LANES if cache.scale is not None else 32 // item

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxllm.cache import Cache, read
+from jaxllm.cache import Cache, Paged, read
 from jaxllm.config import BigBird, Pattern
 from jaxllm.kernels.attention import DECODE_QUERIES
 from jaxllm.kernels.attention import attention as attention_op
@@ -155,21 +155,50 @@ def _attend_cached(
             "attention: a prefix is seen from everywhere, a ring cache forgets it; init it with ring=False"
         )
     segment_BT = jnp.ones_like(inputs.slot_BT) if inputs.segment_BT is None else inputs.segment_BT
-    # XLA on CPU lacks batched dots of two bf16 arrays with a float32 result (UNIMPLEMENTED at run time).
-    few, plain = q.shape[1] <= DECODE_QUERIES, resolve_backend(runtime) in ("reference", "chunked")
-    dtype = jnp.float32 if few and plain else q.dtype
-    old_k = cache.k[index].astype(dtype)
-    old_v = cache.v[index].astype(dtype) if cache.v.shape[-1] else old_k[..., : v.shape[-1]]  # latents: one array
-    old = Mask(inputs.slot_BT, cache.slot_BS, segment_BT, cache.segment_BS, inputs.prefix_B)
-    if few:
-        new = Mask(inputs.slot_BT, inputs.slot_BT, segment_BT, segment_BT, inputs.prefix_B)
-        new_k, new_v = (x.swapaxes(1, 2).astype(dtype) for x in (k, v))
-        return _decode(q, ((old_k, old_v, old), (new_k, new_v, new)), scoring)
-    joined = replace(
-        old,
-        k_slot_BS=jnp.concatenate([cache.slot_BS, inputs.slot_BT], 1),
-        k_segment_BS=jnp.concatenate([cache.segment_BS, segment_BT], 1),
+    if q.shape[1] <= DECODE_QUERIES:
+        return _decode(q, New(k, v, inputs.slot_BT, segment_BT, inputs.prefix_B), scoring, runtime, cached)
+    joined = Mask(
+        inputs.slot_BT,
+        jnp.concatenate([cache.slot_BS, inputs.slot_BT], 1),
+        segment_BT,
+        jnp.concatenate([cache.segment_BS, segment_BT], 1),
+        inputs.prefix_B,
     )
+    old_k, old_v = read(cache, index, v.shape[-1], q.dtype)
     k = jnp.concatenate([old_k.swapaxes(1, 2), k], 1)
     v = jnp.concatenate([old_v.swapaxes(1, 2), v], 1)
     return attend(q, k, v, scoring, joined, Runtime(attention="chunked", layout=runtime.layout))
+
+
+def _decode(q: Array, new: New, scoring: Scoring, runtime: Runtime, cached: Cached) -> Float[Array, "B T N h"]:
+    """A few queries: the kernel where there is one for them, else the plain path."""
+    (cache, index), backend, m = cached, resolve_backend(runtime), scoring.modifiers
+    options = {"scale": scoring.scale, "softcap": scoring.softcap}
+    sizes = mesh_sizes() if runtime.layout is not None else {}
+    spread_pages = sizes and isinstance(cache, Paged)  # whose table counts the pages of all devices
+    if backend != "tpu" or spread_pages or refusal(cache, scoring.pattern, new, m) is not None:
+        # XLA on CPU lacks batched dots of two bf16 arrays with a float32 result (UNIMPLEMENTED at run time).
+        dtype = jnp.float32 if backend in ("reference", "chunked") else q.dtype
+        return decode_reference(q, new, cached, scoring.pattern, m, **options, dtype=dtype)
+
+    def run(q: Array, new: New, cache: Any, index: Array, m: Modifiers) -> Array:
+        return decode_tpu(q, new, (cache, index), scoring.pattern, m, **options)
+
+    if not sizes:
+        return run(q, new, cache, index, m)
+
+    def spec(x: Array, *axes: str | None) -> Any:
+        return partition((*axes, *[None] * (x.ndim - len(axes))), x.shape, runtime.layout, sizes)  # type: ignore[arg-type]
+
+    heads = spec(q, "batch", None, "heads")
+    specs = (
+        heads,
+        New(
+            *(spec(x, "batch", None, "kv_heads") for x in new[:2]),
+            *(None if x is None else spec(x, "batch") for x in new[2:]),
+        ),
+        jax.tree.map(lambda x: spec(x, "batch") if x.ndim == 2 else spec(x, None, "batch", "kv_heads"), cache),
+        PartitionSpec(),
+        jax.tree.map(lambda x: spec(x, "heads"), m),
+    )
+    return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(q, new, cache, jnp.asarray(index), m)
