@@ -39,6 +39,7 @@ from jaxllm.kernels.tpu_sizes import chip
 LANES = 128
 BLOCK_BYTES = 2*2**20  # of keys and values in a block, about
 BUFFERS = 3  # blocks in VMEM: one is computed while others are on their way, longer than a copy's latency
+WIDEST = 256  # matrix unit
 NEW = 16  # new tokens are padded to so many
 ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a b^T
 
@@ -257,9 +258,10 @@ def _absorb(call: Call, asked: Asked, pieces: list[Piece], sums: Sums) -> None:
 
 def _products(q: Float[Array, "R H"], k: Float[Array, "n H"]) -> Float[Array, "R n"]:
     """q k^T. The width beyond whole matrix units is apart, or all of k would be transposed before it is multiplied."""
-    whole = q.shape[1] // 256 * 256
-    cuts = [part for part in (slice(whole), slice(whole, None)) if q[:, part].shape[1]]
-    return sum(dot(q[:, part], k[:, part], ROWS_BY_ROWS) for part in cuts)
+    whole = q.shape[1] // WIDEST * WIDEST
+    if whole in (0, q.shape[1]):
+        return dot(q, k, ROWS_BY_ROWS)
+    return dot(q[:, :whole], k[:, :whole], ROWS_BY_ROWS) + dot(q[:, whole:], k[:, whole:], ROWS_BY_ROWS)
 
 
 def _scores(call: Call, asked: Asked, k: int, raw: Array, distance: Array) -> Float[Array, "R n"]:
