@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxllm.config import GQA, MLA, And, Attention, Block, Local, Longformer, Pattern, Transformer
+from jaxllm.sharding import mesh_sizes
 
 
 @struct.dataclass
@@ -73,6 +74,7 @@ class Rows:
     segment_BT: Int[Array, "B T"]
 
 
+PUT_SINGLY = 16  # tokens per row
 Caches = tuple[tuple[Cache, ...], ...]  # caches[stack][place in the pattern]
 
 
@@ -166,34 +168,52 @@ def commit(caches: Caches, rows: Any, start_B: Int[Array, " B"], count_B: Int[Ar
 def _write(cache: Cache, new: Rows, row_BT: Int[Array, "B T"]) -> Cache:
     """The cache with new keys and values, and their scales, in these rows; those past its end are dropped."""
     parts = [new.k, new.v] if new.v.shape[-1] else [new.k]
-    scales = None
-    if cache.scale is not None:
+    scale = cache.scale
+    if scale is not None:
         parts, scales = zip(*map(quantise, parts), strict=True)
+        of_rows = jnp.stack(scales, 3)  # [L, B, K, c, T]
     match cache:
         case KV():
-            b = jnp.arange(row_BT.shape[0])[:, None]
-
-            def scatter(to: Array, x: Array) -> Array:
-                # Advanced indices B and row come first in the indexed view: [B, T, L, K, H].
-                return to.at[:, b, :, row_BT].set(x.transpose(1, 3, 0, 2, 4).astype(to.dtype), mode="drop")
-
-            k, v = scatter(cache.k, parts[0]), scatter(cache.v, parts[1]) if len(parts) == 2 else cache.v
-            if scales is None:
-                return replace(cache, k=k, v=v)
-            of_rows = jnp.stack(scales, 3).transpose(1, 4, 0, 2, 3)
-            return replace(cache, k=k, v=v, scale=cache.scale.at[:, b, :, :, row_BT].set(of_rows, mode="drop"))
+            b_BT = jnp.broadcast_to(jnp.arange(row_BT.shape[0])[:, None], row_BT.shape)
+            kept = (cache.k, cache.v)[: len(parts)]
+            k, v = (*(_put(to, x, (b_BT, row_BT), 3) for to, x in zip(kept, parts, strict=True)), cache.v)[:2]
+            scale = None if scale is None else _put(scale, of_rows, (b_BT, row_BT), 4)
+            return replace(cache, k=k, v=v, scale=scale)
         case Paged():
             size = cache.kv.shape[4]
-            page = jnp.take_along_axis(cache.table_BM, row_BT // size, 1, mode="fill", fill_value=cache.kv.shape[1])
-            at = row_BT % size
-            kv = jnp.stack(parts, 3).transpose(1, 4, 0, 2, 3, 5).astype(cache.kv.dtype)
-            cache = replace(cache, kv=cache.kv.at[:, page, :, :, at].set(kv, mode="drop"))
-            if scales is None:
-                return cache
-            of_rows = jnp.stack(scales, 3).transpose(1, 4, 0, 2, 3)
-            return replace(cache, scale=cache.scale.at[:, page, :, :, at].set(of_rows, mode="drop"))
+            page_BT = jnp.take_along_axis(cache.table_BM, row_BT // size, 1, mode="fill", fill_value=cache.kv.shape[1])
+            at = page_BT, row_BT % size
+            scale = None if scale is None else _put(scale, of_rows, at, 4)
+            return replace(cache, kv=_put(cache.kv, jnp.stack(parts, 3), at, 4), scale=scale)
         case other:
             assert_never(other)
+
+
+def _put(to: Array, x: Array, at: tuple[Int[Array, "B T"], Int[Array, "B T"]], axis: int) -> Float[Array, "..."]:
+    """`to` with to[:, at[0][b, t], ..., at[1][b, t]] = x[:, b, ..., t], places out of range left out.
+
+    axis: of `to` and x that at[1] and t count along. A few tokens are put one by one: XLA on TPU would turn the whole
+    array to scatter into it, and turn it back for who reads it. On a mesh it must be a scatter, which stays local.
+    """
+    (B, T), x = at[0].shape, x.astype(to.dtype)
+    if T > PUT_SINGLY or max(mesh_sizes().values(), default=1) > 1:
+        index: list[Any] = [slice(None)] * to.ndim
+        index[1], index[axis] = at
+        return to.at[tuple(index)].set(jnp.moveaxis(x, (1, axis), (0, 1)), mode="drop")
+    one = [1 if i in (1, axis) else n for i, n in enumerate(to.shape)]
+
+    def cut(array: Array, outer: Any, row: Any) -> tuple[Array, list[Any]]:
+        start = [0] * to.ndim
+        start[1], start[axis] = outer, row
+        return jax.lax.dynamic_slice(array, start, one), start
+
+    def put(i: Any, to: Array) -> Array:
+        outer, row = (place.reshape(-1)[i] for place in at)
+        old, start = cut(to, outer, row)  # clamped: where the place is out of range, what is there is written back
+        kept = (outer < to.shape[1]) & (row < to.shape[axis])
+        return jax.lax.dynamic_update_slice(to, jnp.where(kept, cut(x, i // T, i % T)[0], old), start)
+
+    return jax.lax.fori_loop(0, B * T, put, to)
 
 
 def quantise(x: Float[Array, "*rows H"]) -> tuple[Int[Array, "*rows H"], Float[Array, "*rows"]]:
