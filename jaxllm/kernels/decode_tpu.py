@@ -38,6 +38,7 @@ from jaxllm.kernels.tpu_sizes import chip
 
 LANES = 128
 BLOCK_BYTES = 2*2**20  # of keys and values in a block, about
+SCORE_BYTES = 4 * 2**20  # of scores of a block, at most
 BUFFERS = 3  # blocks in VMEM: one is computed while others are on their way, longer than a copy's latency
 WIDEST = 256  # matrix unit
 NEW = 16  # new tokens are padded to so many
@@ -409,20 +410,19 @@ def decode_tpu(
     interpret: True, or `pltpu.InterpretParams`, for tests. Raises ValueError with the reason of a refusal.
     """
     cache, index = cached
-    reason = refusal(cache, pattern, new, modifiers)
+    reason = refusal(q_BTNH, new, cache, pattern, modifiers)
     if reason is not None:
         raise ValueError(f"decode_tpu: {reason}; use the reference")
     (B, T, N, _), (K, h) = q_BTNH.shape, (new.k.shape[2], new.v.shape[3])
-    page, pages = _cut(cache)
+    R = _queries(q_BTNH, new)
     call = Call(
         pattern,
         scale,
         softcap,
-        -(-T * N // K // 8) * 8,
+        R,
         h,
         _parts(cache),
-        page,
-        pages,
+        *_cut(cache, K * R),
         cache.table_BM.shape[1] if isinstance(cache, Paged) else None,
         chip().cores if B % chip().cores == 0 else 1,
     )
@@ -432,20 +432,36 @@ def decode_tpu(
     return o_BKTGh.transpose(0, 2, 1, 3, 4).reshape(B, T, N, h)
 
 
-def refusal(cache: Cache, pattern: config.Pattern, new: New, modifiers: Modifiers) -> str | None:
+def refusal(q_BTNH: Array, new: New, cache: Cache, pattern: config.Pattern, modifiers: Modifiers) -> str | None:
     """Why the kernel does not take this call; None when it does."""
-    rows, item = _page(cache), jnp.dtype(_dtype(cache)).itemsize
+    rows, m = _page(cache), modifiers
+    item = (cache.kv if isinstance(cache, Paged) else cache.k).dtype.itemsize
     least = LANES if cache.scale is not None else 32 // item
-    m = modifiers
-    if rows % least or (rows > LANES and rows % LANES):
-        return f"rows come in pages of {rows}, which must be {least} to {LANES}, or a multiple of {LANES}"
+    if rows % least or (rows % LANES and LANES % rows):
+        return f"rows come in pages of {rows}, which must be a power of two from {least} on, or a multiple of {LANES}"
     if new.prefix_B is not None:
         return "prefixes are not known to the kernel"
     if m.table_RN is not None or (m.alibi is not None and m.alibi.rounded):
         return f"scores are modified by {m.relative or m.alibi}"
     if not _simple(pattern):
         return f"{pattern} is not made of Full, Causal and Local"
+    needed = _vmem(cache, q_BTNH, new)
+    if needed > chip().vmem * 7 // 8:
+        return f"it would need {needed / 2**20:.0f} MiB of {chip().vmem / 2**20:.0f} MiB of VMEM"
     return None
+
+
+def _queries(q_BTNH: Array, new: New) -> int:
+    """Queries of a kv head, in whole tiles."""
+    return -(-q_BTNH.shape[1] * q_BTNH.shape[2] // new.k.shape[2] // 8) * 8
+
+
+def _vmem(cache: Cache, q_BTNH: Array, new: New) -> int:
+    """Bytes, about: queries and results twice, sums, scores and weights, blocks."""
+    rows, widths = new.k.shape[2] * _queries(q_BTNH, new), (_lanes(q_BTNH.shape[3]), _lanes(new.v.shape[3]))
+    page, pages = _cut(cache, rows)
+    per_row = 2 * sum(widths) * q_BTNH.dtype.itemsize + 4 * (widths[1] + 2 * LANES) + 12 * page * pages
+    return rows * per_row + BUFFERS * page * pages * _row_bytes(cache)
 
 
 def _simple(pattern: config.Pattern) -> bool:
@@ -454,10 +470,6 @@ def _simple(pattern: config.Pattern) -> bool:
             return _simple(left) and _simple(right)
         case _:
             return isinstance(pattern, config.Full | config.Causal | config.Local)
-
-
-def _dtype(cache: Cache) -> Any:
-    return cache.k.dtype if isinstance(cache, KV) else cache.kv.dtype
 
 
 def _page(cache: Cache) -> int:
@@ -476,12 +488,23 @@ def _parts(cache: Cache) -> int:
     return cache.kv.shape[3] if isinstance(cache, Paged) else 2 if cache.v.shape[-1] else 1
 
 
-def _cut(cache: Cache) -> tuple[int, int]:
-    """Rows of a page, and pages of a block: whole lanes, about BLOCK_BYTES, no longer than the cache."""
-    store, page = cache.kv if isinstance(cache, Paged) else cache.k, _page(cache)
-    row = store.shape[2] * _parts(cache) * -(-store.shape[-1] // LANES) * LANES * store.dtype.itemsize
+def _lanes(width: int) -> int:
+    """`width` as it lies in memory."""
+    return -(-width // LANES) * LANES
+
+
+def _row_bytes(cache: Cache) -> int:
+    """Of keys and values of all heads of one token."""
+    store = cache.kv if isinstance(cache, Paged) else cache.k
+    return store.shape[2] * _parts(cache) * _lanes(store.shape[-1]) * store.dtype.itemsize
+
+
+def _cut(cache: Cache, queries: int) -> tuple[int, int]:
+    """Rows of a page, and pages of a block: whole lanes, evenly, about BLOCK_BYTES, few if there are many queries."""
+    page = _page(cache)
     unit = max(page, LANES)
-    units, most = -(-cache.slot_BS.shape[1] // unit), max(BLOCK_BYTES // row // unit, 1)
+    units = -(-cache.slot_BS.shape[1] // unit)
+    most = max(min(BLOCK_BYTES // _row_bytes(cache), SCORE_BYTES // (4 * queries)) // unit, 1)
     return page, -(-units // -(-units // most)) * unit // page
 
 

@@ -176,7 +176,7 @@ def _decode(q: Array, new: New, scoring: Scoring, runtime: Runtime, cached: Cach
     options = {"scale": scoring.scale, "softcap": scoring.softcap}
     sizes = mesh_sizes() if runtime.layout is not None else {}
     spread_pages = sizes and isinstance(cache, Paged)  # whose table counts the pages of all devices
-    if backend != "tpu" or spread_pages or refusal(cache, scoring.pattern, new, m) is not None:
+    if backend != "tpu" or spread_pages or refusal(q, new, cache, scoring.pattern, m) is not None:
         # XLA on CPU lacks batched dots of two bf16 arrays with a float32 result (UNIMPLEMENTED at run time).
         dtype = jnp.float32 if backend in ("reference", "chunked") else q.dtype
         return decode_reference(q, new, cached, scoring.pattern, m, **options, dtype=dtype)

@@ -141,10 +141,23 @@ def test_equals_the_oracle(name, monkeypatch):
     q, new, cached, joined = inputs(case)
     want = wanted(case, q, joined)
     options = {"scale": case.H**-0.5, "softcap": case.softcap}
-    assert refusal(cached[0], case.pattern, new, modifiers(case)) is None
+    assert refusal(q, new, cached[0], case.pattern, modifiers(case)) is None
     got = decode_tpu(q, new, cached, case.pattern, modifiers(case), **options, interpret=pltpu.InterpretParams())
     tolerance = 2e-6 if case.dtype == "float32" else 1e-2
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=tolerance * np.abs(want).max())
     clean = jax.tree.map(lambda x: jnp.nan_to_num(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, cached[0])
     plain = reference(q, new, (clean, 1), case.pattern, modifiers(case), **options, dtype=jnp.float32)
     np.testing.assert_allclose(np.asarray(plain, np.float64), want, rtol=0, atol=tolerance * np.abs(want).max())
+
+
+def test_refusals():
+    q, new, (cache, _), _ = inputs(Case(kind="paged", page=24, S=192, lengths=(5,)))
+    assert "pages of 24, which must be a power of two from 8 on" in refusal(q, new, cache, CAUSAL, NONE)
+    with pytest.raises(ValueError, match="decode_tpu: rows come in pages of 24.*use the reference"):
+        decode_tpu(q, new, (cache, 0), CAUSAL, scale=1.0)
+    q, new, (cache, _), _ = inputs(Case(lengths=(5,)))
+    assert "prefixes" in refusal(q, new._replace(prefix_B=jnp.ones(1, jnp.int32)), cache, CAUSAL, NONE)
+    assert "Strided" in refusal(q, new, cache, config.Strided(4), NONE)
+    assert "MiB of VMEM" in refusal(jnp.zeros((1, 16, 4096, 64)), new, cache, CAUSAL, NONE)
+    rounded = Modifiers(jnp.ones(4), alibi=config.Alibi(rounded=True))
+    assert "rounded=True" in refusal(q, new, cache, CAUSAL, rounded)
