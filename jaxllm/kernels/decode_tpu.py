@@ -37,7 +37,7 @@ from jaxllm.kernels.reference import MASKED, Names, visible
 from jaxllm.kernels.tpu_sizes import chip
 
 LANES = 128
-BLOCK_BYTES = 2*2**20  # of keys and values in a block, about
+BLOCK_BYTES = 2**20  # of keys and values in a block, about
 SCORE_BYTES = 4 * 2**20  # of scores of a block, at most
 BUFFERS = 3  # blocks in VMEM: one is computed while others are on their way, longer than a copy's latency
 WIDEST = 256  # matrix unit
