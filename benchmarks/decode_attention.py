@@ -1,6 +1,6 @@
 """Decode attention on TPUs by the compiler's bundles: microseconds and share of the memory bound, beside the peers.
 
-    python benchmarks/decode_attention.py                       # the table (Python 3.12, libtpu 0.0.52), ~10 CPU minutes
+    python benchmarks/decode_attention.py                       # the table (Python 3.12, libtpu 0.0.52)
     python benchmarks/decode_attention.py --cell v5e:2x2 ours paged 16 1
 
 Kernels are timed as `jaxllm plan` times them (`jaxllm/plan/bundles.py`): bundles issued and stalls for copies, HBM at
@@ -49,7 +49,7 @@ Known = tuple[Any, list[Any]]  # a function, and its arguments: numpy arrays are
 
 
 class Cell(NamedTuple):
-    """whose: "ours" or "jax"'s.  kind: dense, paged, int8, latent of ours; paged, ragged of jax's.  page: 0 for dense."""
+    """whose: "ours" or "jax".  kind: dense, paged, int8, latent of ours; paged, ragged of jax.  page: 0 for dense."""
 
     whose: str
     kind: str
@@ -112,8 +112,8 @@ def ragged_paged_attention(page: int, T: int, tokens: int, queries: int) -> Know
 def peers(kind: str, page: int, T: int) -> list[Known]:
     """The peer's call with several block sizes."""
     if kind == "paged":
-        return [paged_attention(page, tokens) for tokens in (512, 1024, 2048)]
-    return [ragged_paged_attention(page, T, tokens, queries) for tokens in (256, 512, 1024) for queries in (8, 16)]
+        return [paged_attention(page, tokens) for tokens in (1024, 2048)]
+    return [ragged_paged_attention(page, T, tokens, queries) for tokens in (1024, 2048) for queries in (16, 32)]
 
 
 def seconds(call: Known, device: Any, chip: Chip, folder: Path) -> float:

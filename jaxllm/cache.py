@@ -118,8 +118,8 @@ def init(
     def one(block: Block, repeats: int) -> Cache:
         attn = block.attn
         bound = window(attn.pattern) if ring and spec.causal else None
-        wraps = bound is not None and bound < size
-        rows = bound if wraps else size
+        rows = size if bound is None else min(bound, size)
+        wraps = rows < size
         (heads, key, value), names = widths(attn), (batch, rows)
         parts = 2 if value else 1
         # Arrays of their own: a buffer that stands in two places cannot be donated.
@@ -189,7 +189,7 @@ def _write(cache: Cache, new: Rows, row_BT: Int[Array, "B T"]) -> Cache:
             assert_never(other)
 
 
-def _put(to: Array, x: Array, at: tuple[Int[Array, "B T"], Int[Array, "B T"]], axis: int) -> Float[Array, "..."]:
+def _put(to: Array, x: Array, at: tuple[Int[Array, "B T"], Int[Array, "B T"]], axis: int) -> Float[Array, ...]:
     """`to` with to[:, at[0][b, t], ..., at[1][b, t]] = x[:, b, ..., t], places out of range left out.
 
     axis: of `to` and x that at[1] and t count along. A few tokens are put one by one: XLA on TPU would turn the whole
@@ -223,7 +223,9 @@ def quantise(x: Float[Array, "*rows H"]) -> tuple[Int[Array, "*rows H"], Float[A
     return jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8), scale
 
 
-def read(cache: Cache, index: Any, value: int, dtype: DTypeLike) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S h"]]:
+def read(
+    cache: Cache, index: Any, value: int, dtype: DTypeLike
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S h"]]:
     """Keys and values of one layer, as if the cache were dense and not quantised. value: the width of a value.
 
     Latents are one array: values are the first part of it.

@@ -181,7 +181,7 @@ def _decode(q: Array, new: New, scoring: Scoring, runtime: Runtime, cached: Cach
         dtype = jnp.float32 if backend in ("reference", "chunked") else q.dtype
         return decode_reference(q, new, cached, scoring.pattern, m, **options, dtype=dtype)
 
-    def run(q: Array, new: New, cache: Any, index: Array, m: Modifiers) -> Array:
+    def run(q: Array, new: New, cache: Any, index: Any, m: Modifiers) -> Array:
         return decode_tpu(q, new, (cache, index), scoring.pattern, m, **options)
 
     if not sizes:

@@ -1,4 +1,4 @@
-"""Cached decoding equals the full forward for every kind of cache; on the plain path and on the (interpreted) kernel."""
+"""Cached decoding equals the full forward for every kind of cache, on the plain path and on the kernel."""
 
 from functools import lru_cache
 
@@ -53,7 +53,7 @@ def whole(spec):
 
 
 def worst(spec, runtime, **options):
-    """The largest error of cached logits: ragged rows of a prompt, then three tokens at once, of which two are taken."""
+    """The largest error of cached logits: ragged prompts, then three tokens at once, of which two are taken."""
     params, ids, full, rows = whole(spec)
     B, start = 2, jnp.array([5, 3])
     caches = cache.commit(cache.init(spec, B, SIZE, **options), rows, jnp.zeros(B, jnp.int32), start)

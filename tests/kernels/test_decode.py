@@ -74,8 +74,12 @@ def inputs(case, seed=0):
     cached = store(case, parts, slot, segment, rng)
     if "int8" in case.kind:
         k, v = (np.asarray(q, np.float32) * np.asarray(s)[..., None] for q, s in map(quantise, (k, v)))
-    mask = Mask(new_slot, np.concatenate([slot, new_slot], 1), np.ones((B, T)), np.concatenate([segment, np.ones((B, T))], 1))
-    joined = [np.concatenate([np.asarray(a, np.float64), np.asarray(b, np.float64)], 1) for a, b in ((k, new_k), (v, new_v))]
+    mask = Mask(
+        new_slot, np.concatenate([slot, new_slot], 1), np.ones((B, T)), np.concatenate([segment, np.ones((B, T))], 1)
+    )
+    joined = [
+        np.concatenate([np.asarray(a, np.float64), np.asarray(b, np.float64)], 1) for a, b in ((k, new_k), (v, new_v))
+    ]
     return jnp.asarray(draw(B, T, case.N, case.H)), new, (cached, 1), (*joined, mask)
 
 
@@ -153,7 +157,7 @@ def test_equals_the_oracle(name, monkeypatch):
 def test_refusals():
     q, new, (cache, _), _ = inputs(Case(kind="paged", page=24, S=192, lengths=(5,)))
     assert "pages of 24, which must be a power of two from 8 on" in refusal(q, new, cache, CAUSAL, NONE)
-    with pytest.raises(ValueError, match="decode_tpu: rows come in pages of 24.*use the reference"):
+    with pytest.raises(ValueError, match=r"decode_tpu: rows come in pages of 24.*use the reference"):
         decode_tpu(q, new, (cache, 0), CAUSAL, scale=1.0)
     q, new, (cache, _), _ = inputs(Case(lengths=(5,)))
     assert "prefixes" in refusal(q, new._replace(prefix_B=jnp.ones(1, jnp.int32)), cache, CAUSAL, NONE)
