@@ -10,7 +10,7 @@ Unusual, and measured on the compiler's bundles:
   is a predicate on them. Rings, windows, padding and packed rows need nothing more.
 - Keys stand still in the matrix unit and the T * G queries of a kv head stream past: a softmax is then on [queries,
   keys] with full lanes. Sums over keys stay spread over lanes until the row ends.
-- The forward's own new keys and values are the first block, a sink the state before it: the result is final.
+- The forward's own new keys and values come with the first block, a sink is the state before it: the result is final.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from jaxllm.kernels.tpu_sizes import chip
 
 BLOCK_BYTES = 2 * 2**20  # of keys and values in a block, about
 SCORE_BYTES = 4 * 2**20  # of scores of a block, at most
+MOST_PAGES = 64  # of a block: each is a few instructions
+TABLE = 2**17  # entries of a page table, at most: it lies in scalar memory
 NEW = 16  # new tokens are padded to so many
 
 
@@ -80,6 +82,8 @@ def refusal(q_BTNH: Array, new: New, cache: Cache, pattern: config.Pattern, modi
     least = LANES if cache.scale is not None else 32 // item
     if rows % least or (rows % LANES and LANES % rows):
         return f"rows come in pages of {rows}, which must be a power of two from {least} on, or a multiple of {LANES}"
+    if isinstance(cache, Paged) and cache.table_BM.size > TABLE:
+        return f"a page table of {cache.table_BM.size} entries is larger than {TABLE}; take larger pages"
     if new.prefix_B is not None:
         return "prefixes are not known to the kernel"
     if m.table_RN is not None or (m.alibi is not None and m.alibi.rounded):
@@ -145,7 +149,7 @@ def _cut(cache: Cache, queries: int) -> tuple[int, int]:
     page = _page(cache)
     unit = max(page, LANES)
     units = -(-cache.slot_BS.shape[1] // unit)
-    most = max(min(BLOCK_BYTES // _row_bytes(cache), SCORE_BYTES // (4 * queries)) // unit, 1)
+    most = max(min(BLOCK_BYTES // _row_bytes(cache), SCORE_BYTES // (4 * queries), MOST_PAGES * page) // unit, 1)
     return page, -(-units // -(-units // most)) * unit // page
 
 
