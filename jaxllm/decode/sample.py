@@ -241,7 +241,7 @@ def empty(program: Program, batch: int) -> Caches:
     runtime = program.runtime
     caches = cache.init(program.spec, batch, program.size, runtime.compute_dtype, program.ring)
     place = partial(constrain, axes=(None, "batch", "kv_heads", None, None), layout=runtime.layout)
-    return tuple(tuple(replace(c, k=place(c.k), v=place(c.v)) for c in stack) for stack in caches)
+    return jax.tree.map(lambda x: place(x) if x.ndim == 5 else x, caches)
 
 
 def run(program: Program, params: Params, caches: Caches, feed: Feed, fresh: bool = False) -> tuple[Array, Output]:

@@ -24,11 +24,12 @@ class Tile(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """What the kernels need to know of a chip. vmem: bytes per core."""
+    """What the kernels need to know of a chip. vmem: bytes per core.  cores: that make one device."""
 
     vmem: int
     forward: Tile
     backward: Tile
+    cores: int = 1
 
 
 class Sizes(NamedTuple):
@@ -42,9 +43,9 @@ class Sizes(NamedTuple):
     vmem: int
 
 
-V4 = Chip(16 * MIB, Tile(256, 128, 2), Tile(256, 128, 1))
+V4 = Chip(16 * MIB, Tile(256, 128, 2), Tile(256, 128, 1), 2)
 V5E = Chip(128 * MIB, Tile(256, 128, 3), Tile(256, 128, 1))
-V5P = Chip(64 * MIB, Tile(256, 128, 3), Tile(256, 128, 1))
+V5P = Chip(64 * MIB, Tile(256, 128, 3), Tile(256, 128, 1), 2)
 V6E = Chip(128 * MIB, Tile(256, 128, 3), Tile(256, 256, 1))
 V7X = Chip(64 * MIB, Tile(256, 128, 3), Tile(256, 256, 1))
 

@@ -16,20 +16,22 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxllm.cache import KV
+from jaxllm.cache import Cache, Paged, read
 from jaxllm.config import BigBird, Pattern
 from jaxllm.kernels.attention import DECODE_QUERIES
 from jaxllm.kernels.attention import attention as attention_op
 from jaxllm.kernels.bigbird import at_length
-from jaxllm.kernels.modifiers import NONE, Modifiers, bias
-from jaxllm.kernels.reference import names, visible
+from jaxllm.kernels.decode import New
+from jaxllm.kernels.decode import reference as decode_reference
+from jaxllm.kernels.decode_tpu import decode_tpu, refusal
+from jaxllm.kernels.modifiers import NONE, Modifiers
 from jaxllm.nn.context import around_ring, over_heads, require_plain, ring_of, split_axis
 from jaxllm.nn.position import Tables
 from jaxllm.records import Inputs, Mask
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout, mesh_sizes, partition
 
-Cached = tuple[KV, Int[Array, ""] | int]  # a stacked cache, and this layer's index in it
+Cached = tuple[Cache, Int[Array, ""] | int]  # a stacked cache, and this layer's index in it
 NewRows = tuple[Float[Array, "B K T H"], Float[Array, "B K T h"]]
 
 
@@ -178,49 +180,50 @@ def _attend_cached(
             "attention: a prefix is seen from everywhere, a ring cache forgets it; init it with ring=False"
         )
     segment_BT = jnp.ones_like(inputs.slot_BT) if inputs.segment_BT is None else inputs.segment_BT
-    # XLA on CPU lacks batched dots of two bf16 arrays with a float32 result (UNIMPLEMENTED at run time).
-    few, plain = q.shape[1] <= DECODE_QUERIES, resolve_backend(runtime) in ("reference", "chunked")
-    dtype = jnp.float32 if few and plain else q.dtype
-    old_k = cache.k[index].astype(dtype)
-    old_v = cache.v[index].astype(dtype) if cache.v.shape[-1] else old_k[..., : v.shape[-1]]  # latents: one array
-    old = Mask(inputs.slot_BT, cache.slot_BS, segment_BT, cache.segment_BS, inputs.prefix_B)
-    if few:
-        new = Mask(inputs.slot_BT, inputs.slot_BT, segment_BT, segment_BT, inputs.prefix_B)
-        new_k, new_v = (x.swapaxes(1, 2).astype(dtype) for x in (k, v))
-        return _decode(q, ((old_k, old_v, old), (new_k, new_v, new)), scoring)
-    joined = replace(
-        old,
-        k_slot_BS=jnp.concatenate([cache.slot_BS, inputs.slot_BT], 1),
-        k_segment_BS=jnp.concatenate([cache.segment_BS, segment_BT], 1),
+    if q.shape[1] <= DECODE_QUERIES:
+        return _decode(q, New(k, v, inputs.slot_BT, segment_BT, inputs.prefix_B), scoring, runtime, cached)
+    joined = Mask(
+        inputs.slot_BT,
+        jnp.concatenate([cache.slot_BS, inputs.slot_BT], 1),
+        segment_BT,
+        jnp.concatenate([cache.segment_BS, segment_BT], 1),
+        inputs.prefix_B,
     )
+    old_k, old_v = read(cache, index, v.shape[-1], q.dtype)
     k = jnp.concatenate([old_k.swapaxes(1, 2), k], 1)
     v = jnp.concatenate([old_v.swapaxes(1, 2), v], 1)
     return attend(q, k, v, scoring, joined, Runtime(attention="chunked", layout=runtime.layout))
 
 
-def _decode(q_BTNH: Array, parts: tuple[tuple[Array, Array, Mask], ...], scoring: Scoring) -> Float[Array, "B T N h"]:
-    """softmax over the keys of all parts at once; scores are small since T is."""
-    (B, T, N, H), K, m = q_BTNH.shape, parts[0][0].shape[1], scoring.modifiers
-    q_BTKGH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H)
-    q_BTKGH = q_BTKGH.astype(parts[0][0].dtype)
-    scores = []
-    for k, _, mask in parts:
-        s = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32)
-        s = s if scoring.softcap is None else scoring.softcap * jnp.tanh(s / scoring.softcap)
-        at = names(mask, T, k.shape[2])
-        added = bias(m, at.q_slot_BT, at.k_slot_BS, m.shift_BT)
-        s = s if added is None else s + added.reshape(-1, *s.shape[1:])
-        scores.append(jnp.where(visible(scoring.pattern, at)[:, None, None], s, -jnp.inf))
-    tops = [s.max(-1, keepdims=True) for s in scores]
-    if m.sinks_N is not None:
-        sinks = m.sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
-        tops.append(jnp.broadcast_to(sinks, tops[0].shape))
-    top = jnp.maximum(jnp.max(jnp.concatenate(tops, -1), -1, keepdims=True), -1e30)
-    exps = [jnp.exp(s - top) for s in scores]
-    total = sum(e.sum(-1) for e in exps) + (0.0 if m.sinks_N is None else jnp.exp(tops[-1] - top)[..., 0])
-    out = sum(
-        jnp.einsum("BKGTS,BKSH->BTKGH", e.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        for e, (_, v, _) in zip(exps, parts, strict=True)
+def _decode(q: Array, new: New, scoring: Scoring, runtime: Runtime, cached: Cached) -> Float[Array, "B T N h"]:
+    """A few queries: the kernel where there is one for them, else the plain path."""
+    (cache, index), backend, m = cached, resolve_backend(runtime), scoring.modifiers
+    options = {"scale": scoring.scale, "softcap": scoring.softcap}
+    sizes = mesh_sizes() if runtime.layout is not None else {}
+    spread_pages = sizes and isinstance(cache, Paged)  # whose table counts the pages of all devices
+    if backend != "tpu" or spread_pages or refusal(q, new, cache, scoring.pattern, m) is not None:
+        # XLA on CPU lacks batched dots of two bf16 arrays with a float32 result (UNIMPLEMENTED at run time).
+        dtype = jnp.float32 if backend in ("reference", "chunked") else q.dtype
+        return decode_reference(q, new, cached, scoring.pattern, m, **options, dtype=dtype)
+
+    def run(q: Array, new: New, cache: Any, index: Any, m: Modifiers) -> Array:
+        return decode_tpu(q, new, (cache, index), scoring.pattern, m, **options)
+
+    if not sizes:
+        return run(q, new, cache, index, m)
+
+    def spec(x: Array, *axes: str | None) -> Any:
+        return partition((*axes, *[None] * (x.ndim - len(axes))), x.shape, runtime.layout, sizes)  # type: ignore[arg-type]
+
+    heads = spec(q, "batch", None, "heads")
+    specs = (
+        heads,
+        New(
+            *(spec(x, "batch", None, "kv_heads") for x in new[:2]),
+            *(None if x is None else spec(x, "batch") for x in new[2:]),
+        ),
+        jax.tree.map(lambda x: spec(x, "batch") if x.ndim == 2 else spec(x, None, "batch", "kv_heads"), cache),
+        PartitionSpec(),
+        jax.tree.map(lambda x: spec(x, "heads"), m),
     )
-    out = out / jnp.maximum(total, 1e-30).transpose(0, 3, 1, 2)[..., None]
-    return out.astype(q_BTNH.dtype).reshape(B, T, N, -1)
+    return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(q, new, cache, jnp.asarray(index), m)

@@ -244,12 +244,18 @@ def _compute(i: _Instruction, sources: dict[str, int]) -> Callable[[Machine], Nu
 
 def _effect(i: _Instruction, sources: dict[str, int]) -> Run | None:
     """A store, a copy, or a wait; None for what takes no part in timing."""
+    guard = value_of(i.guard or "1")
     if i.kind == "sst":
         address, value = _address(i.operands[0])
-        return lambda machine: machine.store(address(machine), value(machine))
+
+        def store(machine: Machine) -> None:
+            decided = guard(machine)
+            if decided is None or decided:
+                machine.store(address(machine), None if decided is None else value(machine))
+
+        return store
     if not i.kind.startswith("dma."):
         return None
-    guard = value_of(i.guard or "1")
     if i.kind.startswith("dma.done.wait"):
         flag, size = value_of(i.operands[0]), value_of(i.operands[1])
         return lambda machine: machine.wait(flag(machine), size(machine)) if machine.decide(guard, "a wait") else None

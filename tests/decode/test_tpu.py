@@ -36,6 +36,7 @@ def test_prefill_and_loop_compile_for_a_tpu() -> None:
     report = compile_for(program, (params, *args), "v5e:2x2")
     held = cache.nbytes(jax.eval_shape(lambda: sample.empty(PROGRAM, batch)))
     assert "while" in report.text
+    assert "decode_attention" in report.text
     assert (
         held <= report.temp_bytes < 4 * held + 64 * 2**20
     )  # one cache, updated in place, and the prompt's activations

@@ -88,6 +88,14 @@ def test_copies_share_the_bandwidth():
     assert made.cycles == pytest.approx(began + 2**20 / (0.9 * 819e9 / 1.5e9) + 600 + 1)
 
 
+@pytest.mark.parametrize("first", [1, 0])
+def test_a_store_may_have_a_predicate(first):
+    """A first number that is not 0 overwrites the second, 1, which makes that turn short: one of the two is long."""
+    guarded = KERNEL.replace("0x8   : > { }", "0x8   : > { %32 = sst [smem:[#allocation3 + $0x1]] (!%p9_p0), 0 }")
+    made = bundles.timing(guarded, {0: [first, 1, 0]}, V5E)
+    assert made.issued == 5 + 3 * 14 + 4 * 1 + 1
+
+
 def test_a_guess_is_refused():
     with pytest.raises(Undecided, match="a jump after 12 bundles"):
         bundles.timing(KERNEL, {}, V5E)
