@@ -17,7 +17,7 @@ from jaxllm.experiment import load_config
 from jaxllm.plan.compile import TIME_OUT, compile_step, require_compiler
 from jaxllm.plan.estimate import estimate, to_json
 from jaxllm.plan.picture import draw
-from jaxllm.plan.report import write_json
+from jaxllm.plan.report import plain_table, write_json
 from jaxllm.plan.search import SPLITS, Candidate, Found, cached, candidates, decoding, offers, search
 from jaxllm.plan.topology import parse
 
@@ -88,9 +88,7 @@ def _compile_all(wanted: list[Candidate], minutes: float, console: Console) -> l
 
 
 def _table(ranked: list[Found]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold cyan", padding=(0, 2, 0, 0))
-    for name in ("layout", "GiB", "by formula", "step s", "by formula", "tokens/s/chip", "MFU %"):
-        table.add_column(name, justify="left" if name == "layout" else "right")
+    table = plain_table("layout", "GiB", "by formula", "step s", "by formula", "tokens/s/chip", "MFU %")
     for one in ranked:
         made, c = one.figures, one.candidate
         if made is None:
@@ -148,9 +146,7 @@ def write_config(path: Path, base: str, overrides: list[str], best: Candidate, t
 def cheapest_command(config: str, overrides: Iterable[str], tokens: float, days: float, json_path: str | None) -> int:
     """`jaxllm plan CONFIG --cheapest TOKENS DAYS`: slices that train in time, in chip-hours, by formula. Returns 0."""
     exp = load_config(config, overrides)
-    table = Table(box=None, pad_edge=False, header_style="bold cyan", padding=(0, 2, 0, 0))
-    for name in ("slice", "days", "chip-hours", "tokens/s/chip", "GiB", "layout"):
-        table.add_column(name, justify="left" if name in ("slice", "layout") else "right")
+    table = plain_table("slice", "days", "chip-hours", "tokens/s/chip", "GiB", "layout")
     found = offers(exp, tokens, days)
     for o in found:
         c = o.candidate

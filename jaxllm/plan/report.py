@@ -91,7 +91,7 @@ def print_plan(result: Plan, console: Console) -> None:
 
 
 def _memory_table(result: Plan) -> Table:
-    table = _table("memory", "GiB", "what it is")
+    table = plain_table("memory", "GiB", "what it is")
     for part, size in result.memory.by_part.items():
         if size >= result.memory.total / 1000:
             table.add_row(part, f"{size / GIB:.4g}", PARTS[part])
@@ -104,7 +104,7 @@ def _memory_table(result: Plan) -> Table:
 def _time_table(result: Plan) -> Table:
     made, chip = result.program, result.target.chip
     assert made is not None and result.xla_seconds is not None, "only called for a plan that was timed"
-    table = _table("time, as the compiler estimates it", "", "formula")
+    table = plain_table("time, as the compiler estimates it", "", "formula")
     table.add_row(
         "XLA", _seconds(result.xla_seconds), f"{made.cycles / 1e6:,.0f} M cycles / {chip.clock / 1e9:.2f} GHz"
     )
@@ -146,7 +146,7 @@ def _versions(result: Plan) -> str:
 
 
 def _wire_table(result: Plan) -> Table:
-    table = _table("collectives", "count", "wire GB", "axes", "largest")
+    table = plain_table("collectives", "count", "wire GB", "axes", "largest")
     made = result.program
     for kind, axes in sorted({(c.kind, c.axes) for c in made.collectives} if made else ()):
         mine = [c for c in made.collectives if (c.kind, c.axes) == (kind, axes)]  # type: ignore[union-attr]
@@ -157,7 +157,7 @@ def _wire_table(result: Plan) -> Table:
 
 
 def _cost_table(result: Plan) -> Table:
-    table = _table("costliest operations", "M cycles", "%", "runs", "matrix %", "source")
+    table = plain_table("costliest operations", "M cycles", "%", "runs", "matrix %", "source")
     made, chip = result.program, result.target.chip
     for cost in made.costs[:10] if made else ():
         share = 100 * cost.cycles / max(made.cycles, 1)  # type: ignore[union-attr]
@@ -181,11 +181,12 @@ def _place(source: str) -> str:
     return "/".join(source.split("/")[-2:])
 
 
-def _table(first: str, *rest: str) -> Table:
+def plain_table(first: str, *rest: str) -> Table:
+    """A table without lines: names on the left, figures on the right."""
     table = Table(box=None, pad_edge=False, header_style="bold cyan", padding=(0, 2, 0, 0))
     table.add_column(first, no_wrap=True, max_width=48)
     for name in rest:
-        words = name in ("what it is", "formula", "source", "largest", "axes", "")
+        words = name in ("what it is", "formula", "source", "largest", "axes", "layout", "")
         table.add_column(name, justify="left" if words else "right", overflow="fold")
     return table
 
@@ -253,7 +254,7 @@ def print_info(cost: Info, console: Console, devices: int = 1) -> None:
     print_parameters(cost.parameters, console)
     print_costs(cost, console)
     if cost.training_bytes is not None:
-        table = _table(f"training memory, {devices} chip{'s' * (devices > 1)}, by formula", "GiB per chip")
+        table = plain_table(f"training memory, {devices} chip{'s' * (devices > 1)}, by formula", "GiB per chip")
         for part, size in cost.training_bytes.items():
             table.add_row(part, f"{size / GIB:.3f}")
         console.print(table)
@@ -261,7 +262,7 @@ def print_info(cost: Info, console: Console, devices: int = 1) -> None:
 
 def print_parameters(parameters: Mapping[str, int], console: Console) -> None:
     """Counts by part."""
-    table = _table("parameters", "count")
+    table = plain_table("parameters", "count")
     for part, n in parameters.items():
         table.add_row(part, f"{n:,}")
     console.print(table)
@@ -269,7 +270,7 @@ def print_parameters(parameters: Mapping[str, int], console: Console) -> None:
 
 def print_costs(cost: Info, console: Console) -> None:
     """FLOPs per token and cache."""
-    table = _table("FLOPs per token", "GFLOP", "formula")
+    table = plain_table("FLOPs per token", "GFLOP", "formula")
     forward = cost.forward_flops
     table.add_row(
         "forward, matrices", f"{forward['matrices'] / 1e9:.3f}", f"2 x {cost.matrix_parameters:,} multiplied parameters"
@@ -282,7 +283,7 @@ def print_costs(cost: Info, console: Console) -> None:
     table.add_row("training", f"{cost.train_flops / 1e9:.3f}", "3 x forward; recomputation not counted")
     console.print(table)
     if cost.kv_bytes:
-        table = _table("KV cache, bfloat16", "bytes")
+        table = plain_table("KV cache, bfloat16", "bytes")
         table.add_row("one token, while no window is full", f"{cost.kv_bytes:,}")
         table.add_row(f"{cost.context:,} tokens", f"{cost.kv_bytes_context:,}")
         table.add_row("one more than these", f"{cost.kv_bytes_next:,}")
