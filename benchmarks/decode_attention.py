@@ -161,11 +161,10 @@ def table() -> None:
     print("| cache | " + " | ".join(f"{t[:3]} {column}" for t in topologies for column in COLUMNS) + " |")
     print("|---" * (1 + len(topologies) * len(COLUMNS)) + "|")
     for kind, page in CACHES:
-        cells = [Cell("ours", kind, page, 1), Cell("ours", kind, page, 4)]
-        cells += (
-            [Cell("jax", "ragged", page, 1), Cell("jax", "paged", page, 1)] if page in PEERS and kind == "paged" else []
-        )
-        row = [f"{child(t, c)['share']:.1%}" if c else "" for t in topologies for c in [*cells, None, None][:4]]
+        cells: list[Cell | None] = [Cell("ours", kind, page, 1), Cell("ours", kind, page, 4)]
+        compared = kind == "paged" and page in PEERS
+        cells += [Cell("jax", "ragged", page, 1), Cell("jax", "paged", page, 1)] if compared else [None, None]
+        row = [f"{child(t, c)['share']:.1%}" if c else "" for t in topologies for c in cells]
         print(f"| {kind}{f', pages of {page}' if page else ''} | {' | '.join(row)} |", flush=True)
 
 

@@ -34,7 +34,7 @@ BLOCK_BYTES = 2 * 2**20  # of keys and values in a block, about
 SCORE_BYTES = 4 * 2**20  # of scores of a block, at most
 MOST_PAGES = 64  # of a block: each is a few instructions
 TABLE = 2**17  # entries of a page table, at most: it lies in scalar memory
-NEW = 16  # new tokens are padded to so many
+NEW = 8  # new tokens are padded to so many
 
 
 def decode_tpu(
