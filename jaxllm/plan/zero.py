@@ -42,8 +42,8 @@ class StepBytes:
     state: 12 for each parameter a chip stores: fp32 master and two moments.
     batch: six arrays of 4-byte numbers, for all micro-batches.
     weights: c for each parameter that is multiplied, whole in stages 0-2, sharded in stage 3, where XLA casts the whole
-        stack before the scan and gathers layer by layer. The head is sharded from stage 1 on, and gathered chunk by
-        chunk. An embedding that is only looked up is not among them.
+        stack before the scan and gathers layer by layer (without recomputation it keeps what it gathered). The head is
+        sharded from stage 1 on, and gathered chunk by chunk. An embedding that is only looked up is not among them.
     accumulators: 4 for each parameter stored, if there is more than one micro-batch; they add up in fp32.
     saved: c t for each number that a layer keeps: under full recomputation its input, D.
     layer: the gradients made so far (all but the embedding's, at worst), and what one layer's backward pass works with.
@@ -86,10 +86,11 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
     c = _WIDTH[exp.runtime.compute_dtype]
     t = exp.batch_size * exp.data.context // (shares(sizes) * sizes["sequence"] * exp.accumulate)
     gradient = _gradient(layout, head, c, stored, used)
+    gathers = layout.zero == 3 and exp.runtime.remat != "none"  # else the gathered copy is kept for the backward pass
     return StepBytes(
         state=12 * sum(map(stored, params.values())),
         batch=24 * t * exp.accumulate,
-        weights=c * sum(stored(p) if layout.zero == 3 or (layout.zero and p is head) else used(p) for p in multiplied),
+        weights=c * sum(stored(p) if gathers or (layout.zero and p is head) else used(p) for p in multiplied),
         accumulators=4 * sum(map(stored, params.values())) if exp.accumulate > 1 else 0,
         saved=c * t * sum(saved_width(b, exp.model.dim, exp.runtime.remat, sizes["tensor"]) for b in _layers(exp)),
         layer=sum(map(gradient, multiplied)) + max(_layer(exp, b, t, c, sizes) for b in _blocks(exp)),
