@@ -14,16 +14,12 @@ SPECS = {name: spec for spec, name in TOYS.items()}
 
 COVERING = [
     "toy_smollm2_135m",  # grouped queries, tied
-    "toy_gpt2_small",  # learned positions, biases
     "toy_gemma2_2b",  # windows, sandwich, soft-caps
     "toy_deepseek_v3",  # latents, experts in groups, a first dense stack
-    "toy_bloom_560m",  # ALiBi, embedding norm
-    "toy_gpt_oss_20b",  # sinks, YaRN, experts with biases
-    "toy_olmo2_7b",  # norms after, over the whole width
-    "toy_command_r7b",  # one norm for both branches, layers without positions, interleaved rotation
+    "toy_bloom_560m",  # ALiBi, embedding norm, biases
     "toy_yoco_3b",  # layers that share keys and values
 ]
-"""Toys that together have every kind of layer: all contracts run over them, over the others with `-m slow`."""
+"""Toys over which all contracts run. `test_in_brief` runs over every one; all contracts over all with `-m slow`."""
 
 every_architecture = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in COVERING else pytest.mark.slow) for name in SPECS]
