@@ -22,12 +22,11 @@ from typing import Any
 
 from jaxllm import serial
 from jaxllm.experiment import Experiment
-from jaxllm.params import leaves
 from jaxllm.plan.bundles import flags
+from jaxllm.plan.info import declared
 from jaxllm.plan.kernels import Call, call_of
 from jaxllm.plan.topology import Slice, nearest
 from jaxllm.sharding import Layout, require_length, shares, storage
-from jaxllm.transformer import transformer_params
 
 TIME_OUT = 1800.0  # seconds; an 8B model on 256 chips takes about 120 on two cores
 
@@ -67,7 +66,7 @@ def prepare(exp: Experiment, target: Slice) -> Experiment:
     """
     layout = Layout() if exp.runtime.layout is None else exp.runtime.layout
     sizes = layout.sizes(target.devices)
-    for param in leaves(transformer_params(exp.model)):
+    for param in declared(exp.model).values():
         storage(param, layout, sizes)
     require_length(exp.data.context, layout, sizes)
     unit = shares(sizes) * exp.accumulate

@@ -9,6 +9,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 import jax
 from jax.sharding import PartitionSpec
@@ -19,7 +21,7 @@ from jaxllm.cache import widths
 from jaxllm.config import FFN, GLU, MLP, Block, MoE, Transformer
 from jaxllm.experiment import Experiment
 from jaxllm.flops import forward_flops_per_token, matmul_weights, score_width, train_flops_per_token
-from jaxllm.params import count, paths
+from jaxllm.params import Param, count, paths
 from jaxllm.sharding import Layout, shares, storage
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -48,6 +50,13 @@ class Info:
     training_bytes: Mapping[str, int] | None
 
 
+@lru_cache(16)
+def declared(spec: Transformer) -> Mapping[str, Param]:
+    """Every parameter by its path; kept, since searches ask for it hundreds of times."""
+    return MappingProxyType(dict(paths(model_params(spec))))
+
+
+@lru_cache(16)
 def info(spec: Transformer, context: int | None = None, dtype: str = "bfloat16") -> Info:
     """Costs of a model. context: default the spec's own.  dtype: of the cache."""
     T = spec.context if context is None else context

@@ -35,14 +35,12 @@ from jaxllm import serial
 from jaxllm.config import MoE
 from jaxllm.data.files import write_atomic
 from jaxllm.experiment import Experiment
-from jaxllm.params import leaves
 from jaxllm.plan.compile import prepare, versions
-from jaxllm.plan.info import info
+from jaxllm.plan.info import declared, info
 from jaxllm.plan.topology import Slice, names, parse
 from jaxllm.plan.zero import elements, step_bytes
 from jaxllm.runtime import Remat
 from jaxllm.sharding import DATA, Layout
-from jaxllm.transformer import transformer_params
 
 EFFICIENCY = 0.8
 """Of the matrix unit's peak."""
@@ -117,7 +115,7 @@ def _seconds(exp: Experiment, target: Slice) -> float:
     forward = cost.forward_flops
     flops = tokens * (forward["matrices"] * (3 + matrices) + forward["attention"] * (3.5 + attention))
     stored, used = elements(layout, sizes)
-    moved = 2 * sum(used(p) for p in leaves(transformer_params(exp.model)) if used(p) > stored(p))
+    moved = 2 * sum(used(p) for p in declared(exp.model).values() if used(p) > stored(p))
     moves = {0: 0, 1: 2, 2: 2, 3: 3 * exp.accumulate}[layout.zero]
     whole = 0 if layout.zero else 2 * 2 * cost.parameters["total"] / layout.tensor
     stream = 2 * exp.model.dim * tokens

@@ -24,10 +24,9 @@ from jaxllm.cache import widths
 from jaxllm.config import GLU, Block, MoE
 from jaxllm.experiment import Experiment
 from jaxllm.flops import score_width
-from jaxllm.params import Param, paths
-from jaxllm.plan.info import ffn_width, saved_width
+from jaxllm.params import Param
+from jaxllm.plan.info import declared, ffn_width, saved_width
 from jaxllm.sharding import Layout, partition, shares, storage
-from jaxllm.transformer import transformer_params
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a compute dtype, `c` below."""
@@ -78,7 +77,7 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
     layout = exp.runtime.layout or Layout()
     sizes = layout.sizes(devices)
     stored, used = elements(layout, sizes)
-    params = dict(paths(transformer_params(exp.model)))
+    params = declared(exp.model)
     looked_up = {path for path in params if path.startswith("embed/") and not (exp.model.tied and "tokens" in path)}
     multiplied = [p for path, p in params.items() if path not in looked_up]
     head = params["embed/tokens" if exp.model.tied else "head/kernel"]
