@@ -166,6 +166,8 @@ def plan_verb(args: argparse.Namespace) -> int:
         return cheapest_command(config, overrides, tokens, days, args.json)
     if args.topology is None:
         raise ValueError("plan: --topology NAME is needed, such as v5e:16x16 (all but --cheapest plan for one slice)")
+    if args.out is not None and not args.search:
+        raise ValueError("plan: --out is what --search writes; add --search")
     if args.decode is not None:
         return decode_command(config, overrides, args.topology, args.decode, args.json)
     if args.search:

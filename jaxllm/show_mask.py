@@ -90,7 +90,7 @@ def draw(patterns: dict[str, Pattern], length: int, out: Path) -> list[str]:
     if not 1 <= length <= 8192:
         raise ValueError(f"show-mask: length={length} must be in 1..8192; longer rows have more tokens than pixels")
     masks = {name: visible(p, length) for name, p in patterns.items()}
-    figure = _matplotlib().Figure(figsize=(5.2 * len(masks), 5.4), layout="constrained")
+    figure = new_figure(figsize=(5.2 * len(masks), 5.4))
     axes = figure.subplots(1, len(masks), squeeze=False)
     for axis, (name, mask) in zip(axes[0], masks.items(), strict=True):
         axis.imshow(~mask, cmap="gray", interpolation="nearest", vmin=0, vmax=1, origin="upper")
@@ -101,8 +101,9 @@ def draw(patterns: dict[str, Pattern], length: int, out: Path) -> list[str]:
     return [f"{name}: {p}, {100 * masks[name].mean():.2f} % of pairs" for name, p in patterns.items()]
 
 
-def _matplotlib() -> Any:
+def new_figure(**options: Any) -> Any:
+    """A matplotlib Figure, drawn without a display. Raises OSError with the cure when matplotlib is missing."""
     try:
-        return importlib.import_module("matplotlib.figure")
+        return importlib.import_module("matplotlib.figure").Figure(layout="constrained", **options)
     except ImportError as error:
-        raise OSError('show-mask: drawing needs matplotlib; run: pip install "jaxllm[plot]"') from error
+        raise OSError('drawing needs matplotlib; run: pip install "jaxllm[plot]"') from error

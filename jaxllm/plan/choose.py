@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from jaxllm.data.files import write_atomic
 from jaxllm.experiment import load_config
 from jaxllm.plan.compile import TIME_OUT, compile_step, require_compiler
 from jaxllm.plan.estimate import estimate, to_json
-from jaxllm.plan.picture import draw
-from jaxllm.plan.report import plain_table, write_json
-from jaxllm.plan.search import SPLITS, Candidate, Found, cached, candidates, decoding, offers, search
+from jaxllm.plan.picture import draw, require_drawable
+from jaxllm.plan.report import GIB, plain_table, write_json
+from jaxllm.plan.search import Candidate, Found, cached, candidates, decoding, offers, search
 from jaxllm.plan.topology import parse
+from jaxllm.sharding import Layout
 
-GIB = 2**30
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jaxllm" / "plans"
 
 
@@ -36,6 +37,10 @@ def search_command(
     picture: str | None = None,
 ) -> int:
     """`jaxllm plan CONFIG --topology NAME --search`: a table of what was compiled. Returns 0, or 1: nothing fits."""
+    if picture is not None:
+        require_drawable(Path(picture))
+    if out is not None and (Path(out).suffix != ".py" or not Path(out).resolve().parent.is_dir()):
+        raise ValueError(f"plan: --out must be a .py file in a directory that exists, got {out!r}")
     overrides = list(overrides)
     exp, target, console = load_config(config, overrides), parse(topology), Console()
     require_compiler()
@@ -50,13 +55,13 @@ def search_command(
     console.print(_table(ranked))
     if json_path is not None:
         write_json(json_path, [_row(f) for f in ranked])
+    if ranked[0].tokens_per_second is None:
+        console.print("[bold red]None of these fits[/]; give the search more --minutes, or take a larger slice")
+        return 1
     if picture is not None:
         fits = [(f.candidate.label, f.figures) for f in ranked if f.tokens_per_second is not None and f.figures]
         draw(f"{exp.model.name} on {target.name}", fits, Path(picture))
         console.print(f"wrote {picture}")
-    if not ranked or ranked[0].tokens_per_second is None:
-        console.print("[bold red]None of these fits[/]; give the search more --minutes, or take a larger slice")
-        return 1
     if out is not None:
         write_config(Path(out), config, overrides, ranked[0].candidate, topology)
         console.print(f"wrote {out}: jaxllm plan {out} --topology {topology}")
@@ -111,12 +116,8 @@ def _row(one: Found) -> dict[str, Any]:
 
 def write_config(path: Path, base: str, overrides: list[str], best: Candidate, topology: str) -> None:
     """A config file that is `base` with the candidate's layout, recomputation and micro-batch."""
-    layout = best.exp.runtime.layout
-    chosen = [
-        f"accumulate={best.exp.accumulate}",
-        f"runtime.remat={best.exp.runtime.remat}",
-        *(f"runtime.layout.{name}={getattr(layout, name)}" for name in ("replica", *SPLITS, "zero")),
-    ]
+    layout = best.exp.runtime.layout or Layout()
+    chosen = {f.name: getattr(layout, f.name) for f in fields(layout) if getattr(layout, f.name) != f.default}
     start = os.path.relpath(base, path.resolve().parent)
     lines = [
         f'"""{best.exp.model.name} for {topology}: {best.label}.',
@@ -124,17 +125,21 @@ def write_config(path: Path, base: str, overrides: list[str], best: Candidate, t
         "Found by `jaxllm plan --search`; everything else is the config it starts from.",
         '"""',
         "",
+        "from dataclasses import replace",
         "from pathlib import Path",
         "",
         "from jaxllm.experiment import Experiment, load_config",
+        "from jaxllm.sharding import Layout",
         "",
         f"BASE = Path(__file__).resolve().parent / {start!r}",
-        f"CHANGES = {[*overrides, *chosen]!r}",
         "",
         "",
         "def config() -> Experiment:",
         f'    """{best.exp.model.name} on {topology}."""',
-        "    return load_config(str(BASE), CHANGES)",
+        f"    base = load_config(str(BASE), {overrides!r})",
+        f"    layout = Layout({', '.join(f'{name}={value!r}' for name, value in chosen.items())})",
+        f"    runtime = replace(base.runtime, remat={best.exp.runtime.remat!r}, layout=layout)",
+        f"    return replace(base, accumulate={best.exp.accumulate}, runtime=runtime)",
         "",
     ]
     write_atomic(epath.Path(path), "\n".join(lines).encode())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from jaxllm.data.files import write_atomic
+from jaxllm.show_mask import new_figure
 
 Named = Sequence[tuple[str, dict[str, Any]]]
 """Plans that fit, with what to call them: `estimate.to_json` of each."""
@@ -21,24 +21,27 @@ _FIGURES = ("hbm_gib", "step_seconds", "xla_seconds", "pallas_seconds", "wire_se
 
 
 def draw(title: str, plans: Named, path: Path) -> None:
-    """Write the picture; a path that ends in .html gets a page with it and the table of figures.
+    """Write the picture of one plan or more; a path that ends in .html gets a page with it and the table of figures.
 
-    Raises ValueError for another ending or no plans, OSError with the cure when matplotlib is missing.
+    Raises what `require_drawable` raises.
     """
-    if path.suffix not in (".png", ".html"):
-        raise ValueError(f"plan: a picture is written as .png or .html, got {path.name!r}")
-    if not plans:
-        raise ValueError("plan: nothing that fits was compiled, so there is nothing to draw")
+    require_drawable(path)
     png = _png(title, plans)
     content = png if path.suffix == ".png" else _page(title, plans, png).encode()
     write_atomic(epath.Path(path), content)
 
 
+def require_drawable(path: Path) -> None:
+    """To be asked before work is done. Raises ValueError for an ending other than .png and .html or a directory that
+    does not exist, OSError with the cure when matplotlib is missing.
+    """
+    if path.suffix not in (".png", ".html") or not path.resolve().parent.is_dir():
+        raise ValueError(f"plan: a picture is a .png or .html file in a directory that exists, got {str(path)!r}")
+    new_figure()
+
+
 def _png(title: str, plans: Named) -> bytes:
-    try:
-        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(15, 5), layout="constrained")
-    except ImportError as error:
-        raise OSError('plan: drawing needs matplotlib; run: pip install "jaxllm[plot]"') from error
+    figure = new_figure(figsize=(15, 5))
     memory, time, pareto = figure.subplots(1, 3)
     names = [str(i + 1) for i in range(len(plans))]
     parts = [part for part in plans[0][1]["hbm_by_part"] if any(p["hbm_by_part"][part] > 0.01 for _, p in plans)]

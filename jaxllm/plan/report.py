@@ -23,7 +23,7 @@ from jaxllm.plan.compile import TIME_OUT, compile_step, prepare, require_compile
 from jaxllm.plan.estimate import Plan, advice, estimate, to_json
 from jaxllm.plan.info import Info, info, parameters_by_part, training_bytes
 from jaxllm.plan.memory import PARTS
-from jaxllm.plan.picture import draw
+from jaxllm.plan.picture import draw, require_drawable
 from jaxllm.plan.program import Program
 from jaxllm.plan.topology import parse
 
@@ -61,6 +61,8 @@ def plan_command(
     picture: str | None = None,
 ) -> int:
     """`jaxllm plan CONFIG --topology NAME`: print the plan. Returns 0, or 1 when it does not fit."""
+    if picture is not None:
+        require_drawable(Path(picture))
     result = plan(load_config(config_path, overrides), topology, time_out=time_out)
     print_plan(result, Console())
     if picture is not None and result.fits:

@@ -8,8 +8,8 @@ r is what the backward pass recomputes: 1 of the matrices under "full" and "atte
 and "attention". A flash backward pass has 5 products for the forward's 2, so 2.5 of its FLOPs. 0.8 is what the compiler
 makes of the matrix unit in the steps of docs/benchmarks.md. Weights and gradients travel beside the arithmetic, the
 activations that other layouts exchange in turn with it. Wire bytes: ZeRO 3 moves every weight three times per
-micro-batch, stages 1 and 2 twice per step, 0 two times (an all-reduce); a tensor-parallel layer moves its residual
-stream twelve times (six all-reduces, two of them recomputed), a split sequence as much, a mixture every choice six.
+micro-batch, ZeRO 1 twice per step; a tensor-parallel layer moves its residual stream twelve times (six all-reduces, two
+of them recomputed), a split sequence as much, a mixture every choice six.
 
 Candidates whose prediction exceeds the chip's memory by more than 15 % are dropped, the others compiled in order of
 predicted tokens/s, one at a time, each in a child process, until the budget is spent; what was compiled before by this
@@ -116,14 +116,13 @@ def _seconds(exp: Experiment, target: Slice) -> float:
     flops = tokens * (forward["matrices"] * (3 + matrices) + forward["attention"] * (3.5 + attention))
     stored, used = elements(layout, sizes)
     moved = 2 * sum(used(p) for p in declared(exp.model).values() if used(p) > stored(p))
-    moves = {0: 0, 1: 2, 2: 2, 3: 3 * exp.accumulate}[layout.zero]
-    whole = 0 if layout.zero else 2 * 2 * cost.parameters["total"] / layout.tensor
+    moves = 3 * exp.accumulate if layout.zero == 3 else 2
     stream = 2 * exp.model.dim * tokens
     layers = exp.model.layers
     exchanged = 12 * stream * layers * layout.tensor if layout.tensor > 1 else 0
     exchanged += 6 * stream * _chosen(exp) if layout.expert > 1 else 0
     exchanged += 12 * stream * layers if layout.sequence > 1 else 0
-    weights = (moved * moves + whole) / target.chip.wire
+    weights = moved * moves / target.chip.wire
     return max(flops / (EFFICIENCY * target.chip.peak), weights) + exchanged / target.chip.wire
 
 
@@ -187,7 +186,7 @@ def search(
 ) -> Iterator[Found]:
     """Compiles candidates in order until the time is spent (at least one). `compile_one` gives `estimate.to_json`.
 
-    A candidate that holds and computes no less than one that did not fit, with everything else equal, is passed over.
+    One of the same layout and no less predicted memory as one that did not fit is passed over.
     """
     end = time.monotonic() + 60 * minutes
     failed: list[Candidate] = []

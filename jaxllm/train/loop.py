@@ -86,7 +86,7 @@ def train(exp: Experiment, console: Console | None = None, options: Options = Op
         stack.enter_context(jax.transfer_guard("disallow"))
         seconds, tokens = 0.0, 0.0
         batch = train_batch(setup.data.train, start, setup.sharding)
-        step = compiled(setup.step, state, batch)
+        step = compiled(setup.step, state, batch) if start < exp.steps else setup.step
         for i in range(start, exp.steps):
             if options.profile and i == start + 2:
                 jax.profiler.start_trace(str(run_dir / "profile"))

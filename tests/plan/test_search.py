@@ -8,7 +8,7 @@ import pytest
 from jaxllm.experiment import Data, Experiment, Optimizer, Source, load_config, resolve
 from jaxllm.models.presets import PRESETS
 from jaxllm.plan import choose
-from jaxllm.plan.search import Candidate, cached, candidates, decoding, offers, search
+from jaxllm.plan.search import cached, candidates, decoding, offers, search
 from jaxllm.plan.topology import parse
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout
@@ -135,7 +135,27 @@ def test_the_winner_is_a_config(tmp_path):
     choose.write_config(tmp_path / "best.py", base, ["steps=7"], best, "v5e:16x16")
     exp = load_config(str(tmp_path / "best.py"))
     assert (exp.steps, exp.accumulate, exp.runtime.remat) == (7, best.exp.accumulate, best.exp.runtime.remat)
-    assert exp.runtime.layout.tensor == 2 and exp.model == best.exp.model
+    assert exp.runtime.layout == best.exp.runtime.layout and exp.model == best.exp.model
+
+
+@pytest.mark.parametrize("layout", ["None", "Layout(data=8, replicate_below=7)"])
+def test_the_winner_does_not_keep_its_base_s_layout(tmp_path, layout):
+    base = tmp_path / "base.py"
+    base.write_text(
+        "from dataclasses import replace\nfrom jaxllm.experiment import load_config\n"
+        "from jaxllm.sharding import Layout\ndef config():\n"
+        "    exp = load_config('configs/smollm2_135m.py')\n"
+        f"    return replace(exp, runtime=replace(exp.runtime, layout={layout}))\n"
+    )
+    best = candidates(load_config(str(base)), parse("v5e:2x2"))[0]
+    choose.write_config(tmp_path / "best.py", str(base), [], best, "v5e:2x2")
+    assert load_config(str(tmp_path / "best.py")).runtime.layout == best.exp.runtime.layout
+
+
+def test_files_are_checked_before_anything_is_compiled(tmp_path):
+    for files in ({"out": "best.json"}, {"out": str(tmp_path / "none" / "best.py")}, {"picture": "plans.pdf"}):
+        with pytest.raises(ValueError, match="in a directory that exists"):
+            choose.search_command("configs/llama3_8b.py", [], "v5e:16x16", minutes=1, **files)
 
 
 def test_commands_by_formula(tmp_path, capsys):
@@ -159,4 +179,5 @@ def test_pictures(tmp_path):
     assert "one &amp; only" in page and "title &lt;a&gt;" in page and "base64" in page
     with pytest.raises(ValueError, match=r"\.png or \.html"):
         choose.draw("t", [("a", plan)], tmp_path / "plan.pdf")
-    assert isinstance(candidates(EXP, V5E)[0], Candidate)
+    with pytest.raises(ValueError, match="in a directory that exists"):
+        choose.draw("t", [("a", plan)], tmp_path / "none" / "plan.png")
