@@ -154,7 +154,7 @@ def test_segments_do_not_leak(name, getkey):
 
 @every_architecture
 def test_how_never_changes_what(name, getkey):
-    """Scan, unrolled, list of layers, eager, remat policies and attention backends: one function, one gradient."""
+    """Scan, unrolled, list of layers, remat policies and attention backends: one function, one gradient."""
     spec, params, ids = SPECS[name], params_of(name), tokens(getkey(), 2, 17)
 
     @partial(jax.jit, static_argnames="runtime")
@@ -167,11 +167,6 @@ def test_how_never_changes_what(name, getkey):
 
     value, grad = value_and_grad(params, PLAIN)
     close(run(unstack(params), inputs(ids), name), run(params, inputs(ids), name))
-    with jax.disable_jit():
-        close(
-            logits(params, spec, forward(params, spec, inputs(ids), PLAIN).hidden_BTD, PLAIN),
-            run(params, inputs(ids), name),
-        )
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad))
     for other in [
         Runtime(remat="full"),
@@ -182,6 +177,18 @@ def test_how_never_changes_what(name, getkey):
         np.testing.assert_allclose(got, value, rtol=1e-5)
         for a, b in zip(jax.tree.leaves(got_grad), jax.tree.leaves(grad), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(float(jnp.abs(b).max()), 0.01 * largest))
+
+
+EAGER = ("toy_smollm2_135m", "toy_gemma2_2b")
+"""Where eager is compared with jit by default: an operation at a time is slow."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in EAGER else pytest.mark.slow) for n in SPECS])
+def test_eager_equals_jit(name, getkey):
+    spec, params, batch = SPECS[name], params_of(name), inputs(tokens(getkey(), 2, 17))
+    with jax.disable_jit():
+        eager = logits(params, spec, forward(params, spec, batch, PLAIN).hidden_BTD, PLAIN)
+    close(eager, run(params, batch, name))
 
 
 def choosing_all(spec):
@@ -236,12 +243,15 @@ def test_any_weight_may_be_adapted_or_quantised(name, getkey):
 @every_architecture
 def test_taps_are_per_layer(name, getkey):
     spec, params, ids = SPECS[name], params_of(name), tokens(getkey(), 2, 8)
-    out = forward(params, spec, inputs(ids), Runtime(taps=("residual", "attn", "ffn")))
-    assert {k: v.shape for k, v in out.aux.taps.items()} == dict.fromkeys(
-        ("residual", "attn", "ffn"), (spec.layers, 2, 8, spec.dim)
-    )
-    again = forward(unstack(params), spec, inputs(ids), Runtime(taps=("residual", "attn", "ffn")))
-    jax.tree.map(close, again.aux.taps, out.aux.taps)
+
+    @jax.jit
+    def taps(params):
+        return forward(params, spec, inputs(ids), Runtime(taps=("residual", "attn", "ffn"))).aux.taps
+
+    found = taps(params)
+    shape = (spec.layers, 2, 8, spec.dim)
+    assert {name: x.shape for name, x in found.items()} == dict.fromkeys(("residual", "attn", "ffn"), shape)
+    jax.tree.map(close, taps(unstack(params)), found)
 
 
 def test_ids_outside_the_vocabulary_give_nan(getkey):

@@ -92,7 +92,11 @@ LAYOUTS = {
     "all to all x zero1": (Layout(sequence=4, zero=1, context="all_to_all"), 1, ()),
     "zero3 x tensor, stream split": (Layout(tensor=2, zero=3, split_stream=True), 1, ()),
 }
-SLOW = (
+SLOW = (  # parts of the others
+    "data",
+    "zero1",
+    "tensor",
+    "zero3 accumulated on a torus",
     "ring of 8",
     "all to all x zero1",
     "ring x zero1 x tensor, stream split, accumulated",

@@ -10,11 +10,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import config
-from jaxllm.kernels.pattern import allowed
 from jaxllm.kernels.reference import MASKED, Names, precision
 from jaxllm.kernels.schedule import Arrays, Schedule, Shape, choose
 from jaxllm.records import Mask
 
+LANES = 128  # queries lie along them
 LOG2_E = math.log2(math.e)
 
 
@@ -55,7 +55,8 @@ class Call(NamedTuple):
 
     def shape(self, tile_q: int, tile_k: int) -> Shape:
         """The schedule's view of the lengths."""
-        return Shape(self.T, self.S, self.block_q, self.block_k, tile_q, tile_k)
+        grain = LANES if tile_q % LANES == 0 else tile_q
+        return Shape(self.T, self.S, self.block_q, self.block_k, tile_q, tile_k, grain)
 
 
 class Operands(NamedTuple):
@@ -137,9 +138,9 @@ def codes(call: Call, plan: Schedule, shape: Shape, x: Operands, prefix: Array |
     return choose(plan, shape, Names(None, None, *rows, prefix))  # type: ignore[arg-type]  # slots are implied
 
 
-def may_meet(call: Call, q: Array, k: Array, prefix: Any, q_segment: Any, k_segment: Any) -> Bool[Array, "m n"]:
-    """The predicate on slots q, k and what belongs to them; all broadcast against each other."""
-    ok = allowed(call.pattern, q, k)
+def may_meet(call: Call, seen: Array, k: Array, prefix: Any, q_segment: Any, k_segment: Any) -> Bool[Array, "m n"]:
+    """What the pattern lets be seen, narrowed or widened by a mask's arrays; all broadcast against key slots k."""
+    ok = seen
     if call.arrays.prefix:
         ok = ok | (k < prefix)
     if call.S % call.block_k:

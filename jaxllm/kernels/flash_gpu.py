@@ -37,6 +37,7 @@ from jaxllm.kernels.call import (
     scores,
     unpadded,
 )
+from jaxllm.kernels.pattern import allowed
 from jaxllm.kernels.reference import MASKED
 from jaxllm.kernels.schedule import PLAIN, SKIP, schedule
 from jaxllm.records import Mask
@@ -210,7 +211,7 @@ def _hide(call: Call, given: Given, row: Any, place: tuple[Any, Any], s: Array) 
     q_segment = None if x.q_segment is None else x.q_segment[pl.ds(i * bq, bq)][:, None]
     k_segment = None if x.k_segment is None else x.k_segment[pl.ds(j * bk, bk)][None, :]
     prefix = given.prefix[row] if call.arrays.prefix else None
-    return jnp.where(may_meet(call, q, k, prefix, q_segment, k_segment), s, MASKED)
+    return jnp.where(may_meet(call, allowed(call.pattern, q, k), k, prefix, q_segment, k_segment), s, MASKED)
 
 
 def _fold(call: Call, q: Array) -> Array:

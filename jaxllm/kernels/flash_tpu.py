@@ -16,11 +16,12 @@ Heads come first here, [B * N, T, H]; `schedule.py` says which blocks are visite
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -44,8 +45,9 @@ from jaxllm.kernels.call import (
     unpadded,
 )
 from jaxllm.kernels.modifiers import NONE, Modifiers
+from jaxllm.kernels.pattern import allowed, by_distance
 from jaxllm.kernels.reference import MASKED
-from jaxllm.kernels.schedule import Schedule, Variant, schedule
+from jaxllm.kernels.schedule import FIRST, LAST, Piece, Schedule, schedule
 from jaxllm.kernels.tpu_blocks import SCALARS, Fixed, Guide, flat, make_guide, make_layout, present, unpack
 from jaxllm.kernels.tpu_sizes import Sizes, Tile, sizes
 from jaxllm.records import Mask
@@ -85,7 +87,7 @@ def flash_tpu(
 def _prepare(
     part: Part, q: Array, k: Array, v: Array, cut: Sizes | None, interpret: bool
 ) -> tuple[Call, Sizes, Operands]:
-    cut = sizes(q.shape[2], k.shape[2], q.shape[3], q.dtype) if cut is None else cut
+    cut = sizes(part.pattern, q.shape[2], k.shape[2], q.shape[3], q.dtype) if cut is None else cut
     call = part_call(part, q, k, (cut.block_q, cut.block_k), interpret)
     return call, cut, operands(call, q, k, v, part.mask)
 
@@ -132,45 +134,86 @@ def _step(call: Call, guide: Guide, visits: int, head: Any, visit: Any, column: 
     return Step(guide.code[at], guide.query[visit], guide.fetch[at], prefix, slope, column)
 
 
-def _compute(
-    plan: Schedule, step: Step, ahead: int, segment: Any, score: Callable[..., Any], absorb: Callable[..., None]
-) -> None:
-    """Runs the variant that the step's code names: `score` of later tiles before `absorb` of this one."""
+class Work(NamedTuple):
+    """What a kernel does with a query block: begin, `score` and `absorb` each piece of each visit, end.
 
-    def body(variant: Variant) -> None:
+    absorb: gets the piece, and what `score` made of it.
+    """
+
+    begin: Callable[[], None]
+    score: Callable[[Piece], tuple[Any, ...]]
+    absorb: Callable[..., None]
+    end: Callable[[], None]
+
+
+def _compute(call: Call, plan: Schedule, step: Step, ahead: int, segment: Any, work: Work) -> None:
+    """Runs what the step's code says: `score` of later pieces before `absorb` of this one.
+
+    A variant whose visits are all the first, or all the last, of their query block begins or ends it in the same
+    stretch of code, where that overlaps with the products.
+    """
+    numbers = range(1, len(plan.variants) + 1)
+    shared = {number: 0 if any(call.arrays) else _shared_edge(plan, number) for number in numbers}
+
+    def body(number: int) -> None:
+        variant, edge = plan.variants[number - 1], shared[number]
+        if edge & FIRST:
+            work.begin()
         if variant.arrays and segment is not None:
             step.column[...] = jnp.broadcast_to(segment[...], step.column.shape[::-1]).T
-        pending = [score(*tile) for tile in variant.tiles[:ahead]]
-        for n, (a, b, _) in enumerate(variant.tiles):
-            pending += [score(*tile) for tile in variant.tiles[n + ahead : n + ahead + 1]]
-            absorb(a, b, *pending.pop(0))
+        pending = [work.score(piece) for piece in variant.pieces[:ahead]]
+        for n, piece in enumerate(variant.pieces):
+            pending += [work.score(later) for later in variant.pieces[n + ahead : n + ahead + 1]]
+            work.absorb(piece, *pending.pop(0))
+        if edge & LAST:
+            work.end()
 
-    for number, variant in enumerate(plan.variants, 1):
-        pl.when(step.code >> 2 == number)(partial(body, variant))
+    def apart(edge: int) -> Any:
+        """Whether this visit is at such an edge, and its variant does not see to it."""
+        seen_to = [step.code >> 2 == number for number in numbers if shared[number] & edge]
+        return reduce(lambda at, other: at & jnp.logical_not(other), seen_to, (step.code & edge) != 0)
+
+    pl.when(apart(FIRST))(work.begin)
+    for number in numbers:
+        pl.when(step.code >> 2 == number)(partial(body, number))
+    pl.when(apart(LAST))(work.end)
 
 
-def _lean(call: Call, step: Step, tile: Tile, place: tuple[int, int], s: Array) -> Array:
-    """Scores [keys, queries] of the tile at `place`, with slope * (key - query) added where there are slopes."""
+def _shared_edge(plan: Schedule, number: int) -> int:
+    """The edges that all visits of a variant have in common."""
+    edges = plan.visits.edge[plan.visits.variant == number]
+    return int(np.bitwise_and.reduce(edges)) if edges.size else 0
+
+
+def _within(piece: Piece, tile: Tile) -> tuple[Any, Any]:
+    """The piece's queries and keys in its block."""
+    return pl.ds(piece.q, piece.queries), pl.ds(piece.k, tile.k)
+
+
+def _lean(call: Call, step: Step, piece: Piece, s: Array) -> Array:
+    """Scores [keys, queries] of the piece, with slope * (key - query) added where there are slopes."""
     if not call.alibi:
         return s
-    a, b = place
-    first = (step.key * call.block_k + b * tile.k) - (step.query * call.block_q + a * tile.q)
+    first = (step.key * call.block_k + piece.k) - (step.query * call.block_q + piece.q)
     distance = lax.broadcasted_iota(jnp.int32, s.shape, 0) - lax.broadcasted_iota(jnp.int32, s.shape, 1)
     return s + step.slope * (distance + first).astype(jnp.float32)
 
 
-def _hide(call: Call, step: Step, q_segment: Any, tile: Tile, place: tuple[int, int], s: Array) -> Array:
-    """Scores [keys, queries] of the tile at `place`, with MASKED where the pair may not meet."""
-    a, b = place
-    q = lax.broadcasted_iota(jnp.int32, s.shape, 1) + (step.query * call.block_q + a * tile.q)
-    k = lax.broadcasted_iota(jnp.int32, s.shape, 0) + (step.key * call.block_k + b * tile.k)
+def _hide(call: Call, step: Step, q_segment: Any, piece: Piece, s: Array) -> Array:
+    """Scores [keys, queries] of the piece, with MASKED where the pair may not meet."""
+    if piece.mask is None:
+        return s
+    q0, k0 = step.query * call.block_q + piece.q, step.key * call.block_k + piece.k
+    q, k = (lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (1, 0))
+    # one difference serves every piece, where only distances count
+    seen = allowed(piece.mask, q - k + (q0 - k0), 0) if by_distance(piece.mask) else allowed(piece.mask, q + q0, k + k0)
     column = row = None
     if call.arrays.k_segment:
-        column = step.column[pl.ds(b * tile.k, tile.k), :]
-        column = jnp.concatenate([column] * (tile.q // column.shape[1]), axis=1)
+        column = step.column[pl.ds(piece.k, s.shape[0]), :]
+        column = jnp.concatenate([column] * (piece.queries // column.shape[1]), axis=1)
     if q_segment is not None:
-        row = q_segment[:, pl.ds(a * tile.q, tile.q)]
-    return jnp.where(may_meet(call, q, k, step.prefix, row, column), s, MASKED)
+        row = q_segment[:, pl.ds(piece.q, piece.queries)]
+    return jnp.where(may_meet(call, seen, k + k0, step.prefix, row, column), s, MASKED)
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
@@ -182,35 +225,33 @@ def _forward_kernel(call: Call, cut: Sizes, plan: Schedule, *refs: Any) -> None:
     tile = cut.forward
     step = _step(call, guide, len(plan.visits.q), pl.program_id(0), pl.program_id(1), column)
 
-    @pl.when(step.code & 1 != 0)
-    def _begin() -> None:
+    def begin() -> None:
         q_folded[...] = (x.q[...].astype(jnp.float32) * call.fold).astype(q_folded.dtype)
         top[...] = jnp.full_like(top, MASKED)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    def score(a: int, b: int, masked: bool) -> tuple[Array]:
-        raw = dot(x.k[pl.ds(b * tile.k, tile.k), :], q_folded[pl.ds(a * tile.q, tile.q), :], ROWS_BY_ROWS)
-        s = _lean(call, step, tile, (a, b), scores(call, raw)[0])
-        return (_hide(call, step, x.q_segment, tile, (a, b), s) if masked else s,)
+    def score(piece: Piece) -> tuple[Array]:
+        at, keys = _within(piece, tile)
+        s = _lean(call, step, piece, scores(call, dot(x.k[keys, :], q_folded[at, :], ROWS_BY_ROWS))[0])
+        return (_hide(call, step, x.q_segment, piece, s),)
 
-    def absorb(a: int, b: int, s: Array) -> None:
-        at, old = pl.ds(a * tile.q, tile.q), top[:, pl.ds(a * tile.q, tile.q)]
+    def absorb(piece: Piece, s: Array) -> None:
+        at, keys = _within(piece, tile)
+        old, v = top[:, at], x.v[keys, :]
         new = jnp.maximum(old, s.max(0, keepdims=True))
         p, shrink = jnp.exp2(s - new), jnp.exp2(old - new)
-        v = x.v[pl.ds(b * tile.k, tile.k), :]
         top[:, at] = new
         total[:, at] = total[:, at] * shrink + p.sum(0, keepdims=True)
         sums[:, at] = sums[:, at] * shrink + dot(v, p.astype(v.dtype), COLUMNS_BY_COLUMNS)
 
-    _compute(plan, step, tile.ahead, x.k_segment, score, absorb)
-
-    @pl.when(step.code & 2 != 0)
-    def _end() -> None:
+    def end() -> None:
         seen = top[...] > MASKED / 2
         divisor = jnp.where(seen, total[...], 1.0)
-        o_ref[...] = (sums[...] * jnp.where(seen, 1.0 / divisor, 0.0)).T.astype(o_ref.dtype)
+        o_ref[...] = (sums[...] * jnp.where(seen, 1.0 / divisor, 0.0)).astype(o_ref.dtype).T
         lse_ref[...] = jnp.where(seen, top[...] + jnp.log2(divisor), -MASKED)
+
+    _compute(call, plan, step, tile.ahead, x.k_segment, Work(begin, score, absorb, end))
 
 
 def _column(call: Call) -> Any:
@@ -283,22 +324,21 @@ def _backward_kernel(call: Call, cut: Sizes, plan: Schedule, first_key: int, mor
         dk[...] = jnp.zeros_like(dk)
         dv[...] = jnp.zeros_like(dv)
 
-    @pl.when(step.code & 1 != 0)
-    def _begin_queries() -> None:
+    def begin() -> None:
         q_folded[...] = (x.q[...].astype(jnp.float32) * call.fold).astype(q_folded.dtype)
         delta[...] = (do_ref[...].astype(jnp.float32) * o_ref[...].astype(jnp.float32)).T.sum(0, keepdims=True)
         dq[...] = jnp.zeros_like(dq)
 
-    def score(a: int, b: int, masked: bool) -> tuple[Any, ...]:
-        at, keys = pl.ds(a * tile.q, tile.q), pl.ds(b * tile.k, tile.k)
+    def score(piece: Piece) -> tuple[Any, ...]:
+        at, keys = _within(piece, tile)
         s, t = scores(call, dot(x.k[keys, :], q_folded[at, :], ROWS_BY_ROWS))
-        s = _lean(call, step, tile, (a, b), s)
+        s = _lean(call, step, piece, s)
         dp = dot(x.v[keys, :], do_ref[at, :], ROWS_BY_ROWS)
-        return _hide(call, step, x.q_segment, tile, (a, b), s) if masked else s, dp, t
+        return _hide(call, step, x.q_segment, piece, s), dp, t
 
-    def absorb(a: int, b: int, s: Array, dp: Array, t: Array | None) -> None:
-        at, keys = pl.ds(a * tile.q, tile.q), pl.ds(b * tile.k, tile.k)
-        start = (step.key - first_key) * call.block_k + b * tile.k
+    def absorb(piece: Piece, s: Array, dp: Array, t: Array | None) -> None:
+        at, keys = _within(piece, tile)
+        start = (step.key - first_key) * call.block_k + piece.k
         rows = pl.ds(pl.multiple_of(start, tile.k), tile.k)
         p = jnp.exp2(s - lse_ref[:, at])
         ds = p * (dp - delta[:, at])
@@ -307,12 +347,11 @@ def _backward_kernel(call: Call, cut: Sizes, plan: Schedule, first_key: int, mor
         dk[rows, :] += dot(ds, q_folded[at, :])
         dq[:, at] += dot(x.k[keys, :], ds, COLUMNS_BY_COLUMNS)
 
-    _compute(plan, step, tile.ahead, x.k_segment, score, absorb)
+    def end() -> None:
+        part = dq[...] * call.scale
+        dq_ref[...] = (part if so_far is None else part + so_far[...].T).astype(dq_ref.dtype).T
 
-    @pl.when(step.code & 2 != 0)
-    def _end_queries() -> None:
-        part = dq[...].T * call.scale
-        dq_ref[...] = (part if so_far is None else part + so_far[...]).astype(dq_ref.dtype)
+    _compute(call, plan, step, tile.ahead, x.k_segment, Work(begin, score, absorb, end))
 
     @pl.when((g == G - 1) & (visit == visits - 1))
     def _end_head() -> None:

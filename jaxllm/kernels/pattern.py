@@ -43,8 +43,7 @@ def allowed(pattern: config.Pattern, q_slot: Slots, k_slot: Slots) -> Any:
         case config.Causal():
             found = q_slot >= k_slot
         case config.Local(window):
-            distance = q_slot - k_slot
-            found = (distance < window) & (distance > -window)
+            found = abs(q_slot - k_slot) < window
         case config.Dilated() | config.Strided() | config.Fixed() | config.Blocks() | config.RandomBlocks():
             found = sparse.allowed(pattern, q_slot, k_slot)
         case config.Rows(start, stop):
@@ -114,6 +113,23 @@ def by_distance(pattern: config.Pattern) -> bool:
             return by_distance(pattern)
         case _:
             return False
+
+
+def narrowed(pattern: config.Pattern, q_lo: Slots, q_hi: Slots, k_lo: Slots, k_hi: Slots) -> config.Pattern:
+    """A simpler pattern that allows the same pairs within all the blocks given (see `block_kind`); Full() for all."""
+    bounds = (q_lo, q_hi, k_lo, k_hi)
+    found = block_kind(pattern, *bounds)
+    if (found == Kind.FULL).all():
+        return config.Full()
+    match pattern:
+        case config.And(left, right):
+            sides = [side for side in (narrowed(left, *bounds), narrowed(right, *bounds)) if side != config.Full()]
+            return sides[0] if len(sides) == 1 else config.And(*sides)
+        case config.Or(left, right):
+            sides = [side for side in (left, right) if (block_kind(side, *bounds) != Kind.EMPTY).any()]
+            return narrowed(sides[0], *bounds) if len(sides) == 1 else pattern
+        case _:
+            return pattern
 
 
 def kinds(pattern: config.Pattern, T: int, S: int, block_q: int, block_k: int) -> Int[np.ndarray, "nq nk"]:

@@ -1,8 +1,10 @@
 """What a blockwise kernel visits: a static list of blocks from the pattern, narrowed at run time by the mask's arrays.
 
 Two sizes matter. A *block* is what a grid step loads; a *tile* is what it computes at once. A block is computed by one
-of a few *variants*, each a list of its tiles that are not empty, so that a block on the diagonal skips the half above
+of a few *variants*, each a list of its pieces that are not empty, so that a block on the diagonal skips the half above
 it, and only tiles that the diagonal crosses pay for a predicate. A block that the pattern fills is computed plainly.
+A tile that the pattern's edge crosses falls into *grains*, computed on their own: of the two halves of a tile on the
+diagonal one is often empty, or needs no predicate.
 
 Run time chooses a variant per (row of the batch, visit): it skips blocks whose segments cannot meet, and computes
 plainly those that one segment fills. A skipped visit asks for the key block that is already there: nothing is loaded.
@@ -19,15 +21,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from jaxllm import config
-from jaxllm.kernels.pattern import Kind, kinds
+from jaxllm.kernels.pattern import Kind, kinds, narrowed
 from jaxllm.kernels.reference import Names
 
 SKIP, PLAIN = 0, 1  # variant numbers with a fixed meaning; the others depend on the pattern
+FIRST, LAST = 1, 2  # a visit's edges: of its query block
 MOST_VARIANTS = 4  # beyond these the rarest masked variants are merged into one that checks every tile
 
 
 class Shape(NamedTuple):
-    """Lengths, and how they are cut. T, S: real lengths; the arrays are padded to whole blocks."""
+    """Lengths, and how they are cut. T, S: real lengths; the arrays are padded to whole blocks.
+
+    grain: queries of the smallest piece that a tile of `tile_q` may fall into; it divides `tile_q`.
+    """
 
     T: int
     S: int
@@ -35,6 +41,7 @@ class Shape(NamedTuple):
     block_k: int
     tile_q: int
     tile_k: int
+    grain: int
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -50,10 +57,22 @@ class Arrays(NamedTuple):
     prefix: bool
 
 
-class Variant(NamedTuple):
-    """How a block is computed. tiles: (query tile, key tile, predicate needed?).  arrays: consult the mask's arrays."""
+class Piece(NamedTuple):
+    """A tile of a block, or a grain of it. q, k: its first query and key in the block.
 
-    tiles: tuple[tuple[int, int, bool], ...]
+    mask: as much of the pattern as its predicate needs; None when it needs no predicate at all.
+    """
+
+    q: int
+    k: int
+    queries: int
+    mask: config.Pattern | None
+
+
+class Variant(NamedTuple):
+    """How a block is computed. arrays: consult the mask's arrays."""
+
+    pieces: tuple[Piece, ...]
     arrays: bool
 
 
@@ -61,7 +80,7 @@ class Visits(NamedTuple):
     """Blocks in the order of the grid: by query block, then key block; every query block at least once. int32 [n].
 
     kind: by the pattern alone.  variant: its number, unless run time chooses SKIP or PLAIN.
-    edge: 1 for the first visit of a query block + 2 for the last.
+    edge: FIRST for the first visit of a query block + LAST for the last.
     """
 
     q: Int[np.ndarray, " n"]
@@ -87,21 +106,21 @@ def schedule(pattern: config.Pattern, shape: Shape, arrays: Arrays, keys: tuple[
     if keys is not None:
         outside = (np.arange(kind.shape[1]) < keys[0]) | (np.arange(kind.shape[1]) >= keys[1])
         wanted = np.where(outside[None], Kind.EMPTY, wanted)
-    variant, variants = _variants(loose, wanted, arrays)
+    variant, variants = _variants(pattern, shape, arrays, loose, wanted)
     first_key = 0 if keys is None else keys[0]
     idle = np.logical_not(
         np.any(wanted > 0, axis=1, keepdims=True)
     )  # query blocks to be written, though they see nothing
     q, k = np.nonzero((wanted > 0) | (idle & (np.arange(kind.shape[1]) == first_key)))
     turn = np.asarray(np.diff(q, prepend=-1, append=-1) != 0)
-    edge = turn[:-1] + 2 * turn[1:]
+    edge = FIRST * turn[:-1] + LAST * turn[1:]
     return Schedule(Visits(*(x.astype(np.int32) for x in (q, k, kind[q, k], variant[q, k], edge))), variants)
 
 
 def _tile_kinds(pattern: config.Pattern, shape: Shape) -> Int[np.ndarray, "nq nk rq rk"]:
-    """Kinds of tiles by block. Queries past T count as queries; tiles of keys past S are empty."""
-    (nq, nk), rq, rk = shape.blocks, shape.block_q // shape.tile_q, shape.block_k // shape.tile_k
-    inner = kinds(pattern, nq * shape.block_q, shape.S, shape.tile_q, shape.tile_k)
+    """Kinds of grains by block. Queries past T count as queries; grains of keys past S are empty."""
+    (nq, nk), rq, rk = shape.blocks, shape.block_q // shape.grain, shape.block_k // shape.tile_k
+    inner = kinds(pattern, nq * shape.block_q, shape.S, shape.grain, shape.tile_k)
     table = np.zeros((nq * rq, nk * rk), np.int32)
     table[:, : inner.shape[1]] = inner
     return table.reshape(nq, rq, nk, rk).transpose(0, 2, 1, 3)
@@ -119,26 +138,35 @@ def _block_kinds(tiles: Int[np.ndarray, "nq nk rq rk"]) -> Int[np.ndarray, "nq n
 
 
 def _variants(
-    tiles: Int[np.ndarray, "nq nk rq rk"], wanted: Int[np.ndarray, "nq nk"], arrays: Arrays
+    pattern: config.Pattern,
+    shape: Shape,
+    arrays: Arrays,
+    tiles: Int[np.ndarray, "nq nk rq rk"],
+    wanted: Int[np.ndarray, "nq nk"],
 ) -> tuple[Int[np.ndarray, "nq nk"], tuple[Variant, ...]]:
     """The number of each block's variant, and the variants."""
-    rq, rk = tiles.shape[2:]
-    found = [Variant(_listed(np.full((rq, rk), Kind.FULL)), False)]
+    whole = np.full(tiles.shape[2:], Kind.FULL)
+    found = [Variant(_pieces(pattern, shape, whole, None), False)]
     number = np.where(wanted == Kind.FULL, PLAIN, SKIP)
+
+    def add(blocks: Bool[np.ndarray, "nq nk"], table: Int[np.ndarray, "rq rk"]) -> None:
+        table = np.where(table == Kind.FULL, Kind.MIXED, table) if any(arrays) else table
+        found.append(Variant(_pieces(pattern, shape, table, np.argwhere(blocks)), any(arrays)))
+        number[blocks] = len(found)
+
     if arrays.k_segment and (wanted == Kind.FULL).any():
-        found.append(Variant(tuple((a, b, True) for a, b in np.ndindex(rq, rk)), True))
-        number = np.where(wanted == Kind.FULL, len(found), number)
+        add(wanted == Kind.FULL, whole)
     mixed = wanted == Kind.MIXED
     if mixed.any():
         distinct, which, count = np.unique(
-            tiles[mixed].reshape(-1, rq * rk), axis=0, return_inverse=True, return_counts=True
+            tiles[mixed].reshape(-1, whole.size), axis=0, return_inverse=True, return_counts=True
         )
         rank = np.argsort(np.argsort(-count, kind="stable"), kind="stable")
         rank = np.minimum(rank, MOST_VARIANTS - 1)
-        number[mixed] = len(found) + 1 + rank[which.ravel()]
+        ranks = np.full(wanted.shape, -1)
+        ranks[mixed] = rank[which.ravel()]
         for r in range(int(rank.max()) + 1):
-            table = _merged(distinct[rank == r]).reshape(rq, rk)
-            found.append(Variant(_listed(table, any(arrays)), any(arrays)))
+            add(ranks == r, _merged(distinct[rank == r]).reshape(whole.shape))
     return number.astype(np.int32), tuple(found)
 
 
@@ -147,8 +175,30 @@ def _merged(tables: Int[np.ndarray, "m r"]) -> Int[np.ndarray, " r"]:
     return np.where((tables == tables[0]).all(0), tables[0], Kind.MIXED)
 
 
-def _listed(table: Int[np.ndarray, "rq rk"], arrays: bool = False) -> tuple[tuple[int, int, bool], ...]:
-    return tuple((int(a), int(b), arrays or bool(table[a, b] == Kind.MIXED)) for a, b in np.argwhere(table))
+def _pieces(
+    pattern: config.Pattern, shape: Shape, table: Int[np.ndarray, "rq rk"], blocks: Int[np.ndarray, "n 2"] | None
+) -> tuple[Piece, ...]:
+    """What of `blocks` is computed, by their kinds of grains: whole tiles where their grains agree."""
+    per, found = shape.tile_q // shape.grain, []
+    for a, b in np.ndindex(table.shape[0] // per, table.shape[1]):
+        kind = table[a * per : (a + 1) * per, b]
+        cut = per if (kind != kind[0]).any() else 1
+        queries = shape.tile_q // cut
+        for n in range(cut):
+            q, k = a * shape.tile_q + n * queries, b * shape.tile_k
+            mask = _mask(pattern, shape, blocks, (q, k, queries)) if kind[n] == Kind.MIXED else None
+            if kind[n] != Kind.EMPTY:
+                found.append(Piece(q, k, queries, mask))
+    return tuple(found)
+
+
+def _mask(
+    pattern: config.Pattern, shape: Shape, blocks: Int[np.ndarray, "n 2"] | None, at: tuple[int, int, int]
+) -> config.Pattern:
+    """What the predicate of a piece at (q, k, queries) of all these blocks must hold."""
+    (q, k, queries), (i, j) = at, np.asarray(blocks).T
+    q, k = q + i * shape.block_q, k + j * shape.block_k
+    return narrowed(pattern, q, q + queries, k, k + shape.tile_k)
 
 
 def choose(plan: Schedule, shape: Shape, at: Names | None) -> tuple[Int[Array, "_ n"], Int[Array, "_ n"]]:

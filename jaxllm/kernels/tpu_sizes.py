@@ -11,6 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxllm import config
+from jaxllm.kernels.pattern import Kind, kinds
+
 MIB = 2**20
 LARGEST_BLOCK = 1024
 
@@ -44,10 +47,10 @@ class Sizes(NamedTuple):
 
 
 V4 = Chip(16 * MIB, Tile(256, 128, 2), Tile(256, 128, 1), 2)
-V5E = Chip(128 * MIB, Tile(256, 128, 3), Tile(256, 128, 1))
-V5P = Chip(64 * MIB, Tile(256, 128, 3), Tile(256, 128, 1), 2)
-V6E = Chip(128 * MIB, Tile(256, 128, 3), Tile(256, 256, 1))
-V7X = Chip(64 * MIB, Tile(256, 128, 3), Tile(256, 256, 1))
+V5E = Chip(128 * MIB, Tile(256, 128, 8), Tile(256, 128, 3))
+V5P = Chip(64 * MIB, Tile(256, 128, 8), Tile(256, 128, 3), 2)
+V6E = Chip(128 * MIB, Tile(256, 128, 10), Tile(256, 256, 2))
+V7X = Chip(64 * MIB, Tile(256, 128, 10), Tile(256, 256, 2))
 
 # device kinds as JAX reports them, most specific first
 CHIPS = (
@@ -68,10 +71,16 @@ def chip() -> Chip:
     return next((chip for name, chip in CHIPS if kind.startswith(name)), V4)
 
 
-def sizes(T: int, S: int, H: int, dtype: jnp.dtype) -> Sizes:
-    """Sizes for lengths T, S and head width H."""
+def sizes(pattern: config.Pattern, T: int, S: int, H: int, dtype: jnp.dtype) -> Sizes:
+    """Sizes for lengths T, S and head width H.
+
+    A pattern that fills no block gets larger ones: a window has fewer, longer steps, which wait less.
+    """
     here, width, item = chip(), -(-H // 128) * 128, jnp.dtype(dtype).itemsize
-    most = LARGEST_BLOCK if item == 2 and (width == 128 or here.vmem > 16 * MIB) else LARGEST_BLOCK // 2
+    small = item == 2 and (width == 128 or here.vmem > 16 * MIB)
+    most = LARGEST_BLOCK if small else LARGEST_BLOCK // 2
+    if small and (kinds(pattern, T, S, most, most) < Kind.FULL).all() and here.vmem > 16 * MIB:
+        most *= 2
     block_q, block_k = even(T, most), even(S, most)
     per_key = width * (2 * 4 + 2 * 2 * item)  # dk, dv: float32 sums, and results in two buffers each
     span = max(here.vmem * 3 // 8 // per_key // block_k, 1) * block_k

@@ -48,8 +48,8 @@ CASES = [
 ]
 
 
-# small blocks, so that rows of a few hundred tokens have several; two backward spans
-SMALL = Sizes(256, 256, Tile(128, 128, 1), Tile(128, 128, 1), 512, 2**24)
+# small blocks, so that rows of a few hundred tokens have several, and tiles that fall into grains; two backward spans
+SMALL = Sizes(256, 256, Tile(256, 128, 2), Tile(256, 128, 1), 512, 2**24)
 OPS = {
     "reference": partial(attention, backend="reference"),
     "chunked": partial(attention, backend="chunked"),

@@ -151,7 +151,7 @@ def deep(x, segment_BT, remat):
 
 def wanted(segments):
     """(queries, keys, codes) by hand, in blocks (0, 0), (1, 0), (1, 1) of 256; segments that part skip the second."""
-    visits = schedule(config.Causal(), Shape(T, T, 256, 256, 128, 128), Arrays(True, True, False)).visits
+    visits = schedule(config.Causal(), Shape(T, T, 256, 256, 128, 128, 128), Arrays(True, True, False)).visits
     assert visits.q.tolist() == [0, 1, 1]
     parted = segments[0] != segments[-1]
     codes = [4 * n + edge for n, edge in zip(visits.variant, visits.edge, strict=True)]
