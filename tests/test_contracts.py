@@ -15,6 +15,7 @@ from jaxllm.leaves import Adapted, dense, is_weight, quantise
 from jaxllm.params import map_params, unstack
 from jaxllm.records import Inputs, inputs
 from jaxllm.runtime import Runtime
+from jaxllm.sharding import Layout, make_mesh, storage_shardings
 from jaxllm.transformer import forward, logits, transformer_params
 
 PLAIN = Runtime()
@@ -23,6 +24,25 @@ PLAIN = Runtime()
 @partial(jax.jit, static_argnames=("name", "runtime"))
 def run(params, batch, name, runtime=PLAIN):
     return logits(params, SPECS[name], forward(params, SPECS[name], batch, runtime).hidden_BTD, runtime)
+
+
+@partial(jax.jit, static_argnames=("name", "runtime"))
+def value_and_grad(params, ids, name, runtime):
+    """The mean square of the logits, and its gradient."""
+
+    def loss(params):
+        out = forward(params, SPECS[name], inputs(ids), runtime)
+        return jnp.mean(jnp.square(logits(params, SPECS[name], out.hidden_BTD, runtime)))
+
+    return jax.value_and_grad(loss)(params)
+
+
+def same(want, got):
+    """Values to 1e-5; gradients to 2e-5 of the parameter's largest, or 2e-7 of the largest of all."""
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(want[1]))
+    for a, b in zip(*(jax.tree.leaves(jax.device_get(tree)) for tree in (got[1], want[1])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(float(np.abs(b).max()), 0.01 * largest))
 
 
 def close(got, want, tolerance=2e-5):
@@ -155,28 +175,30 @@ def test_segments_do_not_leak(name, getkey):
 @every_architecture
 def test_how_never_changes_what(name, getkey):
     """Scan, unrolled, list of layers, remat policies and attention backends: one function, one gradient."""
-    spec, params, ids = SPECS[name], params_of(name), tokens(getkey(), 2, 17)
-
-    @partial(jax.jit, static_argnames="runtime")
-    def value_and_grad(params, runtime):
-        def loss(params):
-            out = forward(params, spec, inputs(ids), runtime)
-            return jnp.mean(jnp.square(logits(params, spec, out.hidden_BTD, runtime)))
-
-        return jax.value_and_grad(loss)(params)
-
-    value, grad = value_and_grad(params, PLAIN)
+    params, ids = params_of(name), tokens(getkey(), 2, 17)
+    want = value_and_grad(params, ids, name, PLAIN)
     close(run(unstack(params), inputs(ids), name), run(params, inputs(ids), name))
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad))
     for other in [
         Runtime(remat="full"),
         Runtime(remat="attention", unroll=True),
         Runtime(remat="dots", attention="reference"),
     ]:
-        got, got_grad = value_and_grad(params, other)
-        np.testing.assert_allclose(got, value, rtol=1e-5)
-        for a, b in zip(jax.tree.leaves(got_grad), jax.tree.leaves(grad), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(float(jnp.abs(b).max()), 0.01 * largest))
+        same(want, value_and_grad(params, ids, name, other))
+
+
+SHARDED = ("toy_gemma2_2b", "toy_deepseek_v3")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SHARDED else pytest.mark.slow) for n in SPECS])
+def test_sharded_equals_unsharded(name, getkey):
+    """Rows over four devices, heads, experts' widths and the vocabulary over two, weights in shares of all eight."""
+    spec, params, ids = SPECS[name], params_of(name), tokens(getkey(), 8, 16)
+    layout = Layout(tensor=2, zero=3, replicate_below=0)
+    mesh = make_mesh(layout, jax.devices())
+    want = value_and_grad(params, ids, name, PLAIN)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, storage_shardings(transformer_params(spec), layout, mesh))
+        same(want, value_and_grad(placed, ids, name, Runtime(layout=layout)))
 
 
 EAGER = ("toy_smollm2_135m", "toy_gemma2_2b")
