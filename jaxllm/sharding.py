@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -143,8 +144,9 @@ def make_mesh(layout: Layout, devices: Any = None, torus: Sequence[int] | None =
     """The mesh of a layout over `devices` (default: all of jax's). torus: default, what the devices say."""
     devices = jax.devices() if devices is None else list(devices)
     sizes = layout.sizes(len(devices), torus_of(devices) if torus is None else torus)
-    kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+    # by default jax splits a side of the torus between two axes (tensor=2 of a side of 4) on v5e alone
+    placed = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_sizes() -> Mapping[str, int]:
@@ -192,7 +194,7 @@ def storage(param: Param, layout: Layout, sizes: Mapping[str, int]) -> Partition
     """
     spec = partition(param.axes, param.shape, layout, sizes)
     per_layer = math.prod(n for n, a in zip(param.shape, param.axes, strict=True) if a != "layers")
-    taken = {name for entry in spec for name in _names(entry)}
+    taken = axes_in(spec)
     over = tuple(a for a in _SHARDERS if sizes.get(a, 1) > 1 and a not in taken)
     if layout.zero == 0 or per_layer < layout.replicate_below:
         return spec
@@ -208,6 +210,11 @@ def storage(param: Param, layout: Layout, sizes: Mapping[str, int]) -> Partition
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec (which turns a tuple of one into the name)."""
     return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
+def axes_in(spec: PartitionSpec) -> tuple[str, ...]:
+    """All mesh axes of a PartitionSpec."""
+    return tuple(name for entry in spec for name in _names(entry))
 
 
 def ways(axis: str, size: int, layout: Layout | None) -> int:
@@ -231,16 +238,40 @@ def constrain(x: Array, axes: tuple[str | None, ...], layout: Layout | None) -> 
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, layout, sizes))
 
 
+def inside(x: Array, axis: str, layout: Layout | None, *, last: str | None = None) -> Array:
+    """Pin what a branch [B, T, ...] multiplies where the stream between branches is split; else the identity.
+
+    Its tokens are gathered where the layout cuts `axis`, that of the branch's weights; where these are whole they stay
+    split. Without it XLA gathers some weights over tensor instead, or turns tokens into columns by an all-to-all.
+    last: logical name of x's last axis.
+    """
+    if layout is None or not layout.split_stream:
+        return x
+    tokens = "length" if "tensor" in layout.mesh_axes(axis) else "stream"
+    return constrain(x, ("batch", tokens, *[None] * (x.ndim - 3), last), layout)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _relay(w: Array, dtype: DTypeLike, forward: tuple[PartitionSpec, ...], backward: PartitionSpec) -> Array:
     """w in `dtype`, laid out `forward`, one after another; its gradient is laid out `backward`, then cast to w's dtype.
 
-    The gradient is scattered in two steps where `backward` has two axes of DATA or more.
+    The gradient is scattered over the axes that only share the batch first, then over those of DATA but the last.
     """
     w = w.astype(dtype)
     for spec in forward:
         w = jax.lax.with_sharding_constraint(w, spec)
     return w
+
+
+def _shared(stored: PartitionSpec, used: PartitionSpec) -> bool:
+    """Whether a weight is spread over axes that share the batch with DATA, and not multiplied so."""
+    return not {"sequence", "expert"}.isdisjoint({*axes_in(stored)} - {*axes_in(used)})
+
+
+def _gathers(stored: PartitionSpec, used: PartitionSpec) -> tuple[PartitionSpec, ...]:
+    """Layouts on the way to `used`, so that no gather spans three directions of the torus."""
+    steps = [_without(stored, DATA[2:])] if DATA[2] in axes_in(stored) else []
+    return (*steps, _without(stored, DATA)) if _shared(stored, used) else tuple(steps)
 
 
 def _without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
@@ -256,7 +287,9 @@ def _relay_fwd(
 def _relay_bwd(
     dtype: DTypeLike, forward: tuple[PartitionSpec, ...], backward: PartitionSpec, like: Array, g: Array
 ) -> tuple[Array]:
-    last = [a for a in DATA[1:] if any(a in _names(entry) for entry in backward)][-1:]
+    last = [a for a in DATA[1:] if a in axes_in(backward)][-1:]
+    if _shared(backward, forward[-1]):
+        g = jax.lax.with_sharding_constraint(g, _without(backward, DATA))
     g = jax.lax.with_sharding_constraint(g, _without(backward, tuple(last)))
     return (jax.lax.with_sharding_constraint(g, backward).astype(like.dtype),)
 
@@ -282,8 +315,8 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
             if layout.zero == 0 or axes != p.axes:
                 return _relay(x, cast, (forward,), forward)
             stored = storage(p, layout, sizes)
-            three = layout.zero == 3 and any(DATA[2] in _names(entry) for entry in stored)
-            return _relay(x, cast, (_without(stored, DATA[2:]), forward) if three else (forward,), stored)
+            steps = _gathers(stored, forward) if layout.zero == 3 else ()
+            return _relay(x, cast, (*steps, forward), stored)
 
         return leaves.map_arrays(array, w, p.axes, outputs=p.outputs)
 

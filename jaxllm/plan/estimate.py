@@ -5,7 +5,8 @@
 
 Cycles are the compiler's estimates. Pallas kernels have none, so their bundles are run (`bundles.py`), for rows of one
 document each. Where that cannot be done their seconds are null, with the reason, and step seconds takes them at the
-matrix unit's peak: then it is a lower bound, and MFU an upper one.
+matrix unit's peak: then it is a lower bound, and MFU an upper one. For GPUs XLA estimates no time:
+all seconds are null.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from jaxllm.plan.scalar_unit import Undecided
 from jaxllm.plan.topology import Slice
 from jaxllm.sharding import Layout, partition, shares, storage
 from jaxllm.transformer import transformer_params
+
+NO_TIME = "XLA estimates no time for GPU programs, and nothing here has run them"
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,15 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler could place everything in HBM."""
-        return self.program is not None
+        """Whether everything can be placed in HBM. (A compiler of GPU programs has none to run out of.)"""
+        return self.program is not None and self.memory.total <= self.limit
 
     @property
     def xla_seconds(self) -> float | None:
-        """Estimated cycles / clock."""
-        return None if self.program is None else self.program.cycles / self.target.chip.clock
+        """Estimated cycles / clock; None for GPUs."""
+        if self.program is None or self.target.gpu:
+            return None
+        return self.program.cycles / self.target.chip.clock
 
     @property
     def kernel_flops(self) -> float:
@@ -90,7 +95,9 @@ class Plan:
     @property
     def wire_seconds(self) -> float | None:
         """Collectives' bytes over the chip's published link speed: what must be hidden behind the arithmetic."""
-        return None if self.program is None else sum(c.wire for c in self.program.collectives) / self.target.chip.wire
+        if self.program is None or self.target.gpu:
+            return None
+        return sum(c.wire for c in self.program.collectives) / self.target.chip.wire
 
     @property
     def tokens_per_chip(self) -> float:
@@ -123,6 +130,8 @@ def estimate(exp: Experiment, target: Slice, compiled: Compiled) -> Plan:
 
 def _timed(made: Program | None, compiled: Compiled, target: Slice) -> tuple[dict[str, float], str | None]:
     """(seconds of one run of each kernel, None), or ({}, why they could not be timed)."""
+    if target.gpu:
+        return {}, NO_TIME
     if isinstance(compiled.calls, str):
         return {}, compiled.calls
     try:
@@ -189,6 +198,10 @@ def advice(plan: Plan) -> list[str]:
     return [f"{text} (about {size / 2**30:.1f} GiB less)" for size, text in ranked if size > 2**20]
 
 
+def _hardware_flops(plan: Plan, made: Program) -> float:
+    return made.matrix_flops + plan.kernel_flops
+
+
 def _by_axes(made: Program) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for c in made.collectives:
@@ -206,10 +219,11 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "hbm_limit_gib": plan.limit / 2**30,
         "hbm_by_part": {part: size / 2**30 for part, size in plan.memory.by_part.items()},
         "model_tflop": plan.model_flops / 1e12,
-        "hardware_tflop": made and made.matrix_flops / 1e12 + plan.kernel_flops / 1e12,
+        "hardware_tflop": None if made is None or plan.target.gpu else _hardware_flops(plan, made) / 1e12,
         "xla_seconds": plan.xla_seconds,
         "pallas_seconds": plan.pallas_seconds,
-        "pallas_note": plan.untimed and f"not timed, taken at the matrix unit's peak: {plan.untimed}",
+        "pallas_note": None if plan.untimed in (None, NO_TIME) else f"not timed, taken at peak: {plan.untimed}",
+        "time_note": NO_TIME if plan.target.gpu else None,
         "pallas_calls": made and made.kernel_counts(),
         "step_seconds": plan.step_seconds,
         "mfu": plan.mfu,

@@ -20,12 +20,12 @@ from jaxllm.experiment import Experiment, load_config, saved
 from jaxllm.model import Run, locate, spec_of
 from jaxllm.models.presets import EVERY
 from jaxllm.plan.compile import TIME_OUT, compile_step, prepare, require_compiler
-from jaxllm.plan.estimate import Plan, advice, estimate, to_json
+from jaxllm.plan.estimate import NO_TIME, Plan, advice, estimate, to_json
 from jaxllm.plan.info import Info, info, parameters_by_part, training_bytes
 from jaxllm.plan.memory import PARTS
 from jaxllm.plan.picture import draw, require_drawable
 from jaxllm.plan.program import Program
-from jaxllm.plan.topology import parse
+from jaxllm.plan.topology import Slice, parse
 
 GIB = 2**30
 
@@ -40,7 +40,7 @@ def plan(exp: Experiment, topology: str, *, time_out: float = TIME_OUT, console:
     RuntimeError when the compiler fails.
     """
     target = parse(topology)
-    require_compiler()
+    require_compiler(target)
     ready = prepare(exp, target)
     shown = Console(stderr=True) if console is None else console
     with shown.status("starting the compiler") as status:
@@ -62,6 +62,7 @@ def plan_command(
 ) -> int:
     """`jaxllm plan CONFIG --topology NAME`: print the plan. Returns 0, or 1 when it does not fit."""
     if picture is not None:
+        require_timed(parse(topology), "--report draws seconds")
         require_drawable(Path(picture))
     result = plan(load_config(config_path, overrides), topology, time_out=time_out)
     print_plan(result, Console())
@@ -70,6 +71,12 @@ def plan_command(
     if json_path is not None:
         write_json(json_path, to_json(result))
     return 0 if result.fits else 1
+
+
+def require_timed(target: Slice, what: str) -> None:
+    """Raise ValueError for chips whose programs have no estimated time."""
+    if target.gpu:
+        raise ValueError(f"plan: {what}, and {NO_TIME}; for {target.name} plan one layout at a time, with --json FILE")
 
 
 def print_plan(result: Plan, console: Console) -> None:
@@ -86,10 +93,16 @@ def print_plan(result: Plan, console: Console) -> None:
         for line in advice(result):
             console.print(f"  - {line}", highlight=False)
         return
-    console.print(_time_table(result))
+    if target.gpu:
+        kernels = result.program.kernel_counts() if result.program else {}
+        counts = ", ".join(f"{kind} x{count}" for kind, count in kernels.items())
+        console.print(f"No time: {NO_TIME}. Pallas kernels: {counts or 'none'}.", highlight=False)
+    else:
+        console.print(_time_table(result))
     console.print(_wire_table(result))
-    console.print(_cost_table(result))
-    console.print(_limits(result), highlight=False)
+    if not target.gpu:
+        console.print(_cost_table(result))
+        console.print(_limits(result), highlight=False)
 
 
 def _memory_table(result: Plan) -> Table:
