@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -251,16 +252,34 @@ def inside(x: Array, axis: str, layout: Layout | None, *, last: str | None = Non
     return constrain(x, ("batch", tokens, *[None] * (x.ndim - 3), last), layout)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _relay(w: Array, dtype: DTypeLike, forward: tuple[PartitionSpec, ...], backward: PartitionSpec) -> Array:
-    """w in `dtype`, laid out `forward`, one after another; its gradient is laid out `backward`, then cast to w's dtype.
+Specs = tuple[PartitionSpec, ...]
 
-    The gradient is scattered over the axes that only share the batch first, then over those of DATA but the last.
-    """
-    w = w.astype(dtype)
-    for spec in forward:
-        w = jax.lax.with_sharding_constraint(w, spec)
-    return w
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _relay(w: Array, dtype: DTypeLike, forward: Specs, backward: Specs) -> Array:
+    """w in `dtype`, laid out as `forward` says, one after another; its gradient as `backward` does, in w's dtype."""
+    return _laid_out(w.astype(dtype), forward)
+
+
+def _laid_out(x: Array, specs: Specs) -> Array:
+    for spec in specs:
+        x = jax.lax.with_sharding_constraint(x, spec)
+    return x
+
+
+def _relay_fwd(w: Array, dtype: DTypeLike, forward: Specs, backward: Specs) -> tuple[Array, Array]:
+    return _relay(w, dtype, forward, backward), np.zeros((0,), w.dtype)  # type: ignore[return-value]
+
+
+def _relay_bwd(dtype: DTypeLike, forward: Specs, backward: Specs, like: Array, g: Array) -> tuple[Array]:
+    return (_laid_out(g, backward).astype(like.dtype),)
+
+
+_relay.defvjp(_relay_fwd, _relay_bwd)
+
+
+def _without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    return PartitionSpec(*(tuple(a for a in _names(entry) if a not in axes) or None for entry in spec))
 
 
 def _shared(stored: PartitionSpec, used: PartitionSpec) -> bool:
@@ -268,33 +287,44 @@ def _shared(stored: PartitionSpec, used: PartitionSpec) -> bool:
     return not {"sequence", "expert"}.isdisjoint({*axes_in(stored)} - {*axes_in(used)})
 
 
-def _gathers(stored: PartitionSpec, used: PartitionSpec) -> tuple[PartitionSpec, ...]:
-    """Layouts on the way to `used`, so that no gather spans three directions of the torus."""
-    steps = [_without(stored, DATA[2:])] if DATA[2] in axes_in(stored) else []
-    return (*steps, _without(stored, DATA)) if _shared(stored, used) else tuple(steps)
+def _gathers(stored: PartitionSpec, used: PartitionSpec) -> Specs:
+    """Layouts on the way from `stored` to `used`, so that no gather spans three directions of the torus."""
+    three = (_without(stored, DATA[2:]),) if DATA[2] in axes_in(stored) else ()
+    return (*three, _without(stored, DATA), used) if _shared(stored, used) else (*three, used)
 
 
-def _without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
-    return PartitionSpec(*(tuple(a for a in _names(entry) if a not in axes) or None for entry in spec))
+def _scatters(stored: PartitionSpec, used: PartitionSpec) -> Specs:
+    """Layouts of a gradient on the way to `stored`: over what shares the batch with DATA, DATA but its last, all."""
+    first = (_without(stored, DATA),) if _shared(stored, used) else ()
+    return (*first, _without(stored, _last(stored)), stored)
 
 
-def _relay_fwd(
-    w: Array, dtype: DTypeLike, forward: tuple[PartitionSpec, ...], backward: PartitionSpec
-) -> tuple[Array, Array]:
-    return _relay(w, dtype, forward, backward), np.zeros((0,), w.dtype)  # type: ignore[return-value]
+def _last(spec: PartitionSpec) -> tuple[str, ...]:
+    """The last axis of DATA in it, if there are two."""
+    return tuple([a for a in DATA[1:] if a in axes_in(spec)][-1:])
 
 
-def _relay_bwd(
-    dtype: DTypeLike, forward: tuple[PartitionSpec, ...], backward: PartitionSpec, like: Array, g: Array
-) -> tuple[Array]:
-    last = [a for a in DATA[1:] if a in axes_in(backward)][-1:]
-    if _shared(backward, forward[-1]):
-        g = jax.lax.with_sharding_constraint(g, _without(backward, DATA))
-    g = jax.lax.with_sharding_constraint(g, _without(backward, tuple(last)))
-    return (jax.lax.with_sharding_constraint(g, backward).astype(like.dtype),)
+def copies(p: Param, w: Array, axes: tuple[str, ...], layout: Layout) -> tuple[Array, PartitionSpec]:
+    """A weight as `use` gives it with two leading axes, a copy for every device along `axes`, and how that lies.
 
+    What a `shard_map` takes whole has a gradient that is all-reduced there. That of copies is summed outside: over all
+    axes but DATA's last, where it is scattered as it is summed, then over the last. Forward nothing moves.
+    axes: those over which tokens are split; the ones that the weight itself lies on are left out.
+    """
+    sizes = mesh_sizes()
+    used = partition(p.axes, p.shape, layout, sizes)
+    stored = used if layout.zero == 0 else storage(p, layout, sizes)
+    others = tuple(a for a in axes if a not in axes_in(used))
+    last = tuple(a for a in _last(stored) if a in others)
+    rest = tuple(a for a in others if a not in last)
+    near, far = PartitionSpec(last or None, *used), PartitionSpec(rest or None, last or None, *used)
 
-_relay.defvjp(_relay_fwd, _relay_bwd)
+    def repeated(x: Array, axes: tuple[str, ...]) -> Array:
+        return jnp.broadcast_to(x[None], (math.prod(sizes[a] for a in axes), *x.shape))
+
+    scattered = PartitionSpec(last or None, *_scatters(stored, used)[0])
+    w = _relay(repeated(w, last), w.dtype, (near,), (scattered,))
+    return jax.lax.with_sharding_constraint(repeated(w, rest), far), far
 
 
 def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -> Any:
@@ -308,15 +338,15 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
     def one(p: Param, w: leaves.Weight) -> Any:
         def array(x: Array, axes: tuple[str | None, ...]) -> Array:
             fixed = p.exact or (isinstance(w, leaves.Quantised) and x is w.scale)
-            cast = dtype if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) and not fixed else x.dtype
+            cast = dtype if jnp.issubdtype(x.dtype, jnp.floating) and not fixed else x.dtype
             if layout is None or not sizes:
                 return x.astype(cast)
             forward = partition(axes, x.shape, layout, sizes)
             if layout.zero == 0 or axes != p.axes:
-                return _relay(x, cast, (forward,), forward)
+                return _relay(x, cast, (forward,), (forward,))
             stored = storage(p, layout, sizes)
-            steps = _gathers(stored, forward) if layout.zero == 3 else ()
-            return _relay(x, cast, (*steps, forward), stored)
+            gathers = _gathers(stored, forward) if layout.zero == 3 else (forward,)
+            return _relay(x, cast, gathers, _scatters(stored, forward))
 
         return leaves.map_arrays(array, w, p.axes, outputs=p.outputs)
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.config import GLU, MoE
@@ -26,7 +25,7 @@ from jaxllm.leaves import dense
 from jaxllm.nn.ffn import activate
 from jaxllm.params import ParamTree, map_params
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import axes_in, mesh_sizes, partition
+from jaxllm.sharding import axes_in, copies, mesh_sizes, partition
 
 
 def grouped(
@@ -51,8 +50,8 @@ def grouped(
     experts, over, _ = slices["down"]["kernel"]
     scattered = over is not None and out != rows  # a sum over tensor that ends split along T
 
-    def run(copies: Any, x: Array, expert: Array, weight: Array) -> Float[Array, "B T D"]:
-        p = jax.tree.map(lambda w: w[0], copies)
+    def run(own: Any, x: Array, expert: Array, weight: Array) -> Float[Array, "B T D"]:
+        p = jax.tree.map(lambda w: w[0, 0], own)
         if over is not None and "bias" in p["down"]:  # added once
             first = lax.axis_index(over) == 0
             p = p | {"down": p["down"] | {"bias": jnp.where(first, p["down"]["bias"], 0.0)}}
@@ -68,32 +67,17 @@ def grouped(
         return y if over is None else lax.psum(y, over)
 
     end = out if scattered else rows
-    specs = jax.tree.map(partial(_own, rows), slices)
-    copies = jax.tree.map(_copies, p, specs)
+    made = map_params(lambda q, w: copies(q, w, axes_in(rows), layout), tree, p)
+    own, specs = (map_params(lambda _, both, i=i: both[i], tree, made) for i in range(2))
     split = jax.shard_map(run, in_specs=(specs, rows, rows, rows), out_specs=end, check_vma=False)
-    return split(copies, x_BTD, *choices)
-
-
-def _own(rows: PartitionSpec, spec: PartitionSpec) -> PartitionSpec:
-    """Of a weight with a leading axis of copies, one for each device along the axes that only split tokens."""
-    taken = axes_in(spec)
-    return PartitionSpec(tuple(a for a in axes_in(rows) if a not in taken) or None, *spec)
-
-
-def _copies(w: Array, spec: PartitionSpec) -> Array:
-    """Every device's own copy of a weight, which moves nothing.
-
-    A weight that is whole in a `shard_map` has a gradient that is all-reduced there, where XLA would scatter it. That
-    of the copies is summed outside, right where its layout is asked for.
-    """
-    ways = math.prod(mesh_sizes()[a] for a in axes_in(PartitionSpec(spec[0])))
-    return lax.with_sharding_constraint(jnp.broadcast_to(w[None], (ways, *w.shape)), spec)
+    return split(own, x_BTD, *choices)
 
 
 def _by_token(y_MD: Float[Array, "M D"], expert_BTk: Int[Array, "B T k"]) -> Float[Array, "B T D"]:
     """Results of choices sorted by expert, summed by token."""
     order_M = jnp.argsort(expert_BTk.reshape(-1), stable=True)
-    return _summed(expert_BTk.shape[2], y_MD, order_M).reshape(*expert_BTk.shape[:2], -1)
+    summed: Any = _summed(expert_BTk.shape[2], y_MD, order_M)
+    return summed.reshape(*expert_BTk.shape[:2], -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

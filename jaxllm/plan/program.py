@@ -39,11 +39,16 @@ class Collective:
     source: str
 
 
+GROUPED = "ragged-dot"
+"""How the names of XLA's own kernels begin that multiply groups of rows."""
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """A call of a Pallas kernel in the program.
+    """A call of a Pallas kernel in the program, or of XLA's grouped matmul.
 
-    name: of the operation.  count: runs per step.  shapes: of its operands.  flops: per run, if its author stated them.
+    name: of the operation.  count: runs per step.  shapes: of its operands.  flops: per run, if its author stated them;
+    of a grouped matmul those of all rows, used or not.
     """
 
     name: str
@@ -55,6 +60,12 @@ class Kernel:
     def kind(self) -> str:
         """The name without the number that tells calls apart."""
         return re.sub(r"[.\d]+$", "", self.name)
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of a grouped matmul; None of a Pallas kernel, 0 of what only prepares one."""
+        matrices = self.shapes[-2:]
+        return (matrices[0][0] if len(matrices[-1]) > 1 else 0) if self.name.startswith(GROUPED) else None
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,8 @@ def program(module: Module, sizes: Mapping[str, int]) -> Program:
         if op.kind == "custom-call" and 'custom_call_target="tpu_custom_call"' in op.attrs:
             before = kernels[op.name].count if op.name in kernels else 0
             shapes = tuple(tuple(dims(visit.scope[name].type)) for name in op.operands)
-            kernels[op.name] = Kernel(op.name, before + visit.times, shapes, _stated_flops(op))
+            stated = _grouped_flops(shapes) if op.name.startswith(GROUPED) else _stated_flops(op)
+            kernels[op.name] = Kernel(op.name, before + visit.times, shapes, stated)
         estimate = None if visit.fusion else op.attr(r'"estimated_cycles":"(\d+)"')
         if estimate is not None:
             where = (_short(op), module.source(op))
@@ -180,6 +192,14 @@ def _shape(op: Op) -> str:
 def _stated_flops(op: Op) -> float | None:
     stated = op.attr(r'"cost_estimate":\{[^}]*"flops":"?([\d.e+]+)')
     return float(stated) if stated else None
+
+
+def _grouped_flops(shapes: tuple[tuple[int, ...], ...]) -> float:
+    """Of [M, D] times [E, D, F] in either order, or [M, D] and [M, F] to [E, D, F]: all are 2 M D F."""
+    *_, x, w = shapes
+    if len(w) < 2:
+        return 0.0
+    return 2.0 * math.prod(x) * (w[1] if len(w) == 2 else math.prod(w[1:]) // x[1])
 
 
 # ----------------------------------------------------------------------------------------------------------- flops

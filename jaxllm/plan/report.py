@@ -24,7 +24,7 @@ from jaxllm.plan.estimate import NO_TIME, Plan, advice, estimate, to_json
 from jaxllm.plan.info import Info, info, parameters_by_part, training_bytes
 from jaxllm.plan.memory import PARTS
 from jaxllm.plan.picture import draw, require_drawable
-from jaxllm.plan.program import Program
+from jaxllm.plan.program import GROUPED, Program
 from jaxllm.plan.topology import Slice, parse
 
 GIB = 2**30
@@ -123,15 +123,18 @@ def _time_table(result: Plan) -> Table:
     table.add_row(
         "XLA", _seconds(result.xla_seconds), f"{made.cycles / 1e6:,.0f} M cycles / {chip.clock / 1e9:.2f} GHz"
     )
-    if made.kernels:
+    if any(k.rows is None for k in made.kernels):
         table.add_row("Pallas kernels", *_kernel_row(result, made))
+    if result.grouped_flops:
+        shown = f"{result.grouped_flops / 1e12:,.0f} TFLOP at {chip.peak / 1e12:.0f} TFLOP/s, experts equally loaded"
+        table.add_row("grouped matmuls", _seconds(result.grouped_seconds or 0), shown)
     step = "" if result.untimed is None else "at least "
     tokens = result.tokens_per_chip / (result.step_seconds or 1)
     table.add_row(
         "step", step + _seconds(result.step_seconds or 0), f"{tokens:,.0f} tokens/s per chip, collectives hidden"
     )
     table.add_row("model FLOPs", f"{result.model_flops / 1e12:.4g} TFLOP", "3 x forward, attention counted causally")
-    hardware = (made.matrix_flops + result.kernel_flops) / 1e12
+    hardware = (made.matrix_flops + result.kernel_flops + result.grouped_flops) / 1e12
     table.add_row(
         "hardware FLOPs", f"{hardware:.4g} TFLOP", "compiled matrix products and kernels, recomputation included"
     )
@@ -144,7 +147,7 @@ def _time_table(result: Plan) -> Table:
 
 def _kernel_row(result: Plan, made: Program) -> tuple[str, str]:
     """Seconds of the kernels, and how they were found."""
-    counts = ", ".join(f"{kind} x{count}" for kind, count in made.kernel_counts().items())
+    counts = ", ".join(f"{kind} x{count}" for kind, count in made.kernel_counts().items() if GROUPED not in kind)
     if result.pallas_seconds is not None:
         return _seconds(result.pallas_seconds), f"their bundles run, every row one document ({counts})"
     chip = result.target.chip
