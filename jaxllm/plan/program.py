@@ -196,9 +196,9 @@ def _stated_flops(op: Op) -> float | None:
 
 def _grouped_flops(shapes: tuple[tuple[int, ...], ...]) -> float:
     """Of [M, D] times [E, D, F] in either order, or [M, D] and [M, F] to [E, D, F]: all are 2 M D F."""
-    *_, x, w = shapes
-    if len(w) < 2:
+    if len(shapes[-1]) < 2:  # what prepares it
         return 0.0
+    x, w = shapes[-2:]
     return 2.0 * math.prod(x) * (w[1] if len(w) == 2 else math.prod(w[1:]) // x[1])
 
 
