@@ -217,7 +217,7 @@ def _collect(job: Path, code: int, target: Slice) -> Compiled:
 
 def _dumped(job: Path, what: str) -> str:
     """A text the compiler dumped for the step. (Small programs compiled for the CPU on the way lie beside it.)"""
-    found = [p for p in (job / "dump").glob(f"*jit_step*.{what}.txt") if ".cpu_" not in p.name]
+    found = [p for p in (job / "dump").glob(f"*jit_step*{what}.txt") if ".cpu_" not in p.name]
     if not found:
         raise RuntimeError(
             f"plan: this libtpu wrote no {what!r} text; known to work: jax 0.10.2 to 0.12 with its own libtpu"

@@ -58,8 +58,8 @@ class Kernel:
 
     @property
     def kind(self) -> str:
-        """The name without the number that tells calls apart."""
-        return re.sub(r"[.\d]+$", "", self.name)
+        """The name without what tells calls apart."""
+        return re.sub(r"(\.pallas_call)?[.\d]+$", "", self.name)
 
     @property
     def rows(self) -> int | None:
@@ -118,11 +118,11 @@ def program(module: Module, sizes: Mapping[str, int]) -> Program:
             seen.add(key)
             shown, size = _wire(visit, kind)
             collectives[shown, axes_of(op, sizes), _shape(op), module.source(op), size] += visit.times
-        if op.kind == "custom-call" and 'custom_call_target="tpu_custom_call"' in op.attrs:
+        if op.kind == "custom-call" and (op.attr(r'custom_call_target="([^"]*)"') in _KERNELS):
             before = kernels[op.name].count if op.name in kernels else 0
             shapes = tuple(tuple(dims(visit.scope[name].type)) for name in op.operands)
             stated = _grouped_flops(shapes) if op.name.startswith(GROUPED) else _stated_flops(op)
-            kernels[op.name] = Kernel(op.name, before + visit.times, shapes, stated)
+            kernels[op.name] = Kernel(_kernel_name(op), before + visit.times, shapes, stated)
         estimate = None if visit.fusion else op.attr(r'"estimated_cycles":"(\d+)"')
         if estimate is not None:
             where = (_short(op), module.source(op))
@@ -137,6 +137,14 @@ def program(module: Module, sizes: Mapping[str, int]) -> Program:
         walk.trips,
         tuple(walk.unknown),
     )
+
+
+_KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
+
+
+def _kernel_name(op: Op) -> str:
+    """The operation's; on GPUs, where all are called alike, with what jax was told before it."""
+    return f"{op.op_name.split('/')[-2]}.{op.name}" if op.name.startswith("pallas_call") else op.name
 
 
 def _by_wire(collective: Collective) -> float:

@@ -191,11 +191,9 @@ def test_a_step_for_gpus(gpus, capsys):
     ready = experiment(attention="gpu", tensor=2, replicate_below=1024)
     made = plan(dataclasses.replace(ready, data=dataclasses.replace(ready.data, context=256)), gpus, time_out=300)
     assert made.fits and set(made.memory.by_part) == set(PARTS)
-    stored = sum(made.memory.by_part[part] for part in ("parameters", "optimiser"))
-    assert stored == pytest.approx(12 * 917_760 / 8, rel=0.1)
-    kinds = {(c.kind, c.axes) for c in made.program.collectives}
-    assert {("all-gather", "data"), ("reduce-scatter", "data")} <= kinds
-    assert made.program.kernel_counts() == {"flash_forward": 4, "flash_backward": 2}
+    assert made.memory.by_part["optimiser"] == pytest.approx(2 * made.memory.by_part["parameters"], rel=0.01)
+    assert {("all-gather", "data"), ("reduce-scatter", "data")} <= {(c.kind, c.axes) for c in made.program.collectives}
+    assert made.program.kernel_counts() == {"flash_forward": 4, "flash_dq": 2, "flash_dkv": 2}
     print_plan(made, Console())
     assert "No time: XLA estimates" in capsys.readouterr().out
 
