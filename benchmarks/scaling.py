@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from jaxllm.plan.estimate import to_json
 from jaxllm.plan.info import info
 from jaxllm.plan.report import plan, write_json
 from jaxllm.plan.search import Candidate, candidates, predict
-from jaxllm.plan.topology import Slice, parse
+from jaxllm.plan.topology import Slice, names, parse
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout
 from jaxllm.show_mask import new_figure
@@ -145,12 +146,24 @@ def least_tokens(model: Model, chip: str, chips: int) -> float:
     return one["weights"] / one["arithmetic"]
 
 
+def least_slice(model: Model, chip: str) -> str:
+    """The smallest slice that is sold on which something fits by formula: one row per data shard and micro-batch."""
+    for target in map(parse, names()):
+        if target.chip.name == chip:
+            try:
+                best(model, target, max(64, target.devices))
+            except ValueError:
+                continue
+            return target.name
+    return "none"
+
+
 # --------------------------------------------------------------------------------------------------------- compiled
 
 
-def compile_points(names: Iterable[str], kept: Path) -> None:
+def compile_points(wanted: Iterable[str], kept: Path) -> None:
     """Compile points and add their figures to the file, one after the other."""
-    for name in names:
+    for name in wanted:
         point = POINTS[name]
         found = json.loads(kept.read_text()) if kept.exists() else {}
         made = to_json(plan(MODELS[point.model].experiment(point.rows, point.layout), point.topology, time_out=3000))
@@ -194,48 +207,58 @@ def _wire(model: Model, point: Point, tokens: float) -> float:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Memory and step against chips: lines by formula, marks compiled; and several pods against one slice."""
-    figure = new_figure(figsize=(15, 4.6))
+    """Memory against chips; arithmetic and weights against chips; several pods. Lines by formula, stars compiled."""
+    figure = new_figure(figsize=(15, 4.8))
     memory, step, pods = figure.subplots(1, 3)
-    targets = [parse(name) for name in CUBES]
-    for i, (name, model) in enumerate(MODELS.items()):
-        made = []
-        for target in targets:
-            try:
-                made.append((target.devices, best(model, target)))
-            except ValueError:
-                continue
-        x = [n for n, _ in made]
-        memory.plot(x, [c.bytes / GIB for _, c in made], "o-", color=f"C{i}", markersize=3, label=name)
-        step.plot(x, [c.seconds * n for n, c in made], "o-", color=f"C{i}", markersize=3, label=name)
-    for name, one in found.items():
+    for i, name in enumerate(MODELS):
+        _model_lines(name, memory, step, f"C{i}")
+    for name, made in found.items():
         point = POINTS[name]
-        i, n = list(MODELS).index(point.model), parse(point.topology).devices
-        memory.plot(n, one["hbm_gib"], "*", color=f"C{i}", markersize=12)
-        if one["fits"]:
-            share = MODELS[point.model].rows / point.rows
-            step.plot(n, one["step_seconds"] * share * n, "*", color=f"C{i}", markersize=12)
+        colour, n = f"C{list(MODELS).index(point.model)}", parse(point.topology).devices
+        memory.plot(n, made["hbm_gib"], "*", color=colour, markersize=12, markeredgecolor="black")
+        scale = MODELS[point.model].rows / point.rows
+        step.plot(
+            n, (made["step_seconds"] or math.nan) * scale, "*", color=colour, markersize=12, markeredgecolor="black"
+        )
     memory.axhline(95, color="black", linestyle="--", linewidth=1)
-    memory.set(
-        title="GiB per chip, v5p, own batch (stars: compiled, their batch)", xscale="log", yscale="log", xlabel="chips"
-    )
-    step.set(title="chip-seconds per batch, v5p (stars: compiled)", xscale="log", yscale="log", xlabel="chips")
-    model = MODELS["8B"]
-    for tokens, style in ((8192, "-"), (1024, "--")):
-        for part, colour in (("arithmetic", "C0"), ("weights", "C1"), ("network", "C3")):
-            y = [seconds(model, "v5e", tokens, 256, n)[part] for n in PODS]
-            if part == "arithmetic" or tokens == 8192:
-                label = part if part != "arithmetic" else f"arithmetic, {tokens:,} tokens per chip"
-                pods.plot([256 * n for n in PODS], y, style, color=colour, marker="o", markersize=3, label=label)
-    pods.set(title="8B on v5e pods of 256: seconds that must overlap", xscale="log", yscale="log", xlabel="chips")
-    for axes in (memory, step, pods):
-        axes.legend(fontsize=7)
+    memory.set_title("GiB per chip, v5p (line: 95)")
+    step.set_title("seconds per batch, v5p: arithmetic, and weights (dashed)")
+    _pods(pods)
+    for axes, ticks in ((memory, (8, 64, 512, 4096)), (step, (8, 64, 512, 4096)), (pods, (256, 1024, 4096))):
+        axes.set(xscale="log", yscale="log", xlabel="chips")
+        axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-        axes.set_xticks([8, 64, 512, 4096] if axes is not pods else [256, 1024, 4096])
-        axes.get_xaxis().set_major_formatter("{x:,.0f}")
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         axes.minorticks_off()
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def _model_lines(name: str, memory: Any, step: Any, colour: str) -> None:
+    """What fits, and the two times of one batch, at each size."""
+    model, fits = MODELS[name], []
+    targets = [parse(cube) for cube in CUBES]
+    for target in targets:
+        try:
+            fits.append((target.devices, best(model, target).bytes / GIB))
+        except ValueError:
+            continue
+    memory.plot(*zip(*fits, strict=True), "o-", color=colour, markersize=3, label=name)
+    chips = [target.devices for target in targets]
+    parts = [seconds(model, "v5p", model.rows * model.context / n, n) for n in chips]
+    step.plot(chips, [p["arithmetic"] for p in parts], "-", color=colour, label=name)
+    step.plot(chips, [p["weights"] for p in parts], "--", color=colour)
+
+
+def _pods(axes: Any) -> None:
+    """The 8B model on pods of v5e, gradients summed over the network between them."""
+    axes.set_title("seconds per step, 8B on pods of 256 v5e")
+    chips = [256 * n for n in PODS]
+    for tokens in (8192, 1024):
+        y = [seconds(MODELS["8B"], "v5e", tokens, 256, n)["arithmetic"] for n in PODS]
+        axes.plot(chips, y, "-" if tokens == 8192 else ":", color="C0", label=f"arithmetic, {tokens:,} tokens per chip")
+    found = [seconds(MODELS["8B"], "v5e", 1.0, 256, n) for n in PODS]
+    axes.plot(chips, [f["weights"] for f in found], "--", color="C1", label="weights, links of a pod")
+    axes.plot(chips[1:], [f["network"] for f in found[1:]], "-.", color="C3", label="gradients, network between pods")
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -267,6 +290,10 @@ def main() -> None:
             f"{n} x 16x16", f"{256 * n:,}", *(f"{made[k]:.3f}" for k in ("arithmetic", "weights", "network"))
         )
     console.print(across)
+    smallest = Table("smallest slice by memory", "v5e", "v5p", "v6e")
+    for name, model in MODELS.items():
+        smallest.add_row(name, *(least_slice(model, chip) for chip in ("v5e", "v5p", "v6e")))
+    console.print(smallest)
     draw(found, HERE.parent / "docs" / "scaling.png")
 
 
