@@ -21,6 +21,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,14 @@ POINTS = {
 # ------------------------------------------------------------------------------------------------------- by formula
 
 
-def best(model: Model, target: Slice, rows: int | None = None) -> Candidate:
-    """The fastest by formula under full recomputation and ZeRO 3. Raises ValueError when nothing fits."""
-    found = [c for c in candidates(model.experiment(rows), target) if _plain(c) and c.bytes <= target.chip.hbm]
-    if not found:
-        raise ValueError(f"{model.spec.name} fits {target.name} in no way")
-    return found[0]
+@cache
+def best(name: str, target: Slice) -> Candidate | None:
+    """The fastest by formula under full recomputation and ZeRO 3; None when nothing fits."""
+    try:
+        found = candidates(MODELS[name].experiment(), target)
+    except ValueError:
+        return None
+    return next((c for c in found if _plain(c) and c.bytes <= target.chip.hbm), None)
 
 
 def _plain(c: Candidate) -> bool:
@@ -115,9 +118,8 @@ def strong(name: str, target: Slice) -> tuple[str, ...]:
     """One row: the model's own batch on so many chips."""
     model = MODELS[name]
     tokens = model.rows * model.context // target.devices
-    try:
-        c = best(model, target)
-    except ValueError:
+    c = best(name, target)
+    if c is None:
         return name, target.name, f"{target.devices:,}", f"{tokens:,}", "does not fit", "", "", ""
     cost = info(model.spec, model.context)
     mfu = tokens * cost.train_flops / (c.seconds * target.chip.peak)
@@ -147,14 +149,12 @@ def least_tokens(model: Model, chip: str, chips: int) -> float:
 
 
 def least_slice(model: Model, chip: str) -> str:
-    """The smallest slice that is sold on which something fits by formula: one row per data shard and micro-batch."""
+    """The smallest slice that is sold on which FSDP with one row per chip fits by formula."""
     for target in map(parse, names()):
         if target.chip.name == chip:
-            try:
-                best(model, target, max(64, target.devices))
-            except ValueError:
-                continue
-            return target.name
+            c = predict(prepare(model.experiment(target.devices), target), target)
+            if c.bytes <= target.chip.hbm:
+                return f"{target.name} ({c.bytes / GIB:.1f} GiB)"
     return "none"
 
 
@@ -235,13 +235,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def _model_lines(name: str, memory: Any, step: Any, colour: str) -> None:
     """What fits, and the two times of one batch, at each size."""
-    model, fits = MODELS[name], []
-    targets = [parse(cube) for cube in CUBES]
-    for target in targets:
-        try:
-            fits.append((target.devices, best(model, target).bytes / GIB))
-        except ValueError:
-            continue
+    model, targets = MODELS[name], [parse(cube) for cube in CUBES]
+    fits = [(target.devices, c.bytes / GIB) for target in targets if (c := best(name, target)) is not None]
     memory.plot(*zip(*fits, strict=True), "o-", color=colour, markersize=3, label=name)
     chips = [target.devices for target in targets]
     parts = [seconds(model, "v5p", model.rows * model.context / n, n) for n in chips]
