@@ -41,8 +41,9 @@ CELLS = {
     "a'": Cell("llama31_8b", "v5e:16x16", 8192, 1, "attention", Layout(), (11.0, 3.0, 60.2)),
     "b": Cell("llama31_8b", "v5p:4x4x4", 8192, 2, "full", Layout(), (10.0, 2.5, 60.0)),
     "b'": Cell("llama31_8b", "v5p:4x4x4", 8192, 2, "dots", Layout(), (50.0, 2.4, 59.3)),
-    "b2": Cell("llama31_8b", "v5p:4x4x4", 8192, 2, "full", Layout(tensor=2), (11.0, 2.8, 95.0)),
+    "b2": Cell("llama31_8b", "v5p:4x4x4", 8192, 2, "full", Layout(tensor=2, split_stream=True), (11.0, 2.8, 95.0)),
     "c": Cell("llama2_7b", "v5e:16x16", 4096, 2, "attention", Layout(), (10.0, 2.55, 53.4)),
+    "d": Cell("mixtral_8x7b", "v5p:4x4x4", 4096, 2, "full", Layout(expert=8), (19.0, 1.0, 55.0)),
     "e": Cell("llama32_1b", "v5e:2x4", 2048, 4, "full", Layout(), (5.0, 0.60, 7.6)),
 }
 

@@ -159,7 +159,7 @@ def data_verb(args: argparse.Namespace) -> int:
 
 
 def plan_verb(args: argparse.Namespace) -> int:
-    """Compile a config's train step for a TPU slice, without a TPU: memory, time, traffic per chip."""
+    """Compile a config's train step for chips that need not be there: memory, traffic and, on TPUs, time per chip."""
     config, overrides = args.config, args.overrides
     if args.cheapest is not None:
         tokens, days = args.cheapest
@@ -242,9 +242,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--step", type=int, default=0)
     p.add_argument("--rows", type=int, default=2)
 
-    p = _verb(verbs, "plan", plan_verb, "compile for a TPU slice")
+    p = _verb(verbs, "plan", plan_verb, "compile for a TPU slice or GPUs")
     _config(p)
-    p.add_argument("--topology", help="such as v5e:16x16, v5p:4x4x4, v6e:4x4")
+    p.add_argument("--topology", help="such as v5e:16x16, v5p:4x4x4, v6e:4x4, h100:8")
     p.add_argument("--json", metavar="FILE", help="write the figures here too")
     p.add_argument("--report", metavar="FILE", help="draw memory and time: .png, or .html with the figures")
     p.add_argument("--search", action="store_true", help="find the fastest layout, recomputation and micro-batch")

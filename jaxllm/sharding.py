@@ -28,7 +28,9 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -143,8 +145,9 @@ def make_mesh(layout: Layout, devices: Any = None, torus: Sequence[int] | None =
     """The mesh of a layout over `devices` (default: all of jax's). torus: default, what the devices say."""
     devices = jax.devices() if devices is None else list(devices)
     sizes = layout.sizes(len(devices), torus_of(devices) if torus is None else torus)
-    kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+    # by default jax splits a side of the torus between two axes (tensor=2 of a side of 4) on v5e alone
+    placed = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_sizes() -> Mapping[str, int]:
@@ -192,7 +195,7 @@ def storage(param: Param, layout: Layout, sizes: Mapping[str, int]) -> Partition
     """
     spec = partition(param.axes, param.shape, layout, sizes)
     per_layer = math.prod(n for n, a in zip(param.shape, param.axes, strict=True) if a != "layers")
-    taken = {name for entry in spec for name in _names(entry)}
+    taken = axes_in(spec)
     over = tuple(a for a in _SHARDERS if sizes.get(a, 1) > 1 and a not in taken)
     if layout.zero == 0 or per_layer < layout.replicate_below:
         return spec
@@ -208,6 +211,11 @@ def storage(param: Param, layout: Layout, sizes: Mapping[str, int]) -> Partition
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec (which turns a tuple of one into the name)."""
     return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
+def axes_in(spec: PartitionSpec) -> tuple[str, ...]:
+    """All mesh axes of a PartitionSpec."""
+    return tuple(name for entry in spec for name in _names(entry))
 
 
 def ways(axis: str, size: int, layout: Layout | None) -> int:
@@ -231,37 +239,92 @@ def constrain(x: Array, axes: tuple[str | None, ...], layout: Layout | None) -> 
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, layout, sizes))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _relay(w: Array, dtype: DTypeLike, forward: tuple[PartitionSpec, ...], backward: PartitionSpec) -> Array:
-    """w in `dtype`, laid out `forward`, one after another; its gradient is laid out `backward`, then cast to w's dtype.
+def inside(x: Array, axis: str, layout: Layout | None, *, last: str | None = None) -> Array:
+    """Pin what a branch [B, T, ...] multiplies where the stream between branches is split; else the identity.
 
-    The gradient is scattered in two steps where `backward` has two axes of DATA or more.
+    Its tokens are gathered where the layout cuts `axis`, that of the branch's weights; where these are whole they stay
+    split. Without it XLA gathers some weights over tensor instead, or turns tokens into columns by an all-to-all.
+    last: logical name of x's last axis.
     """
-    w = w.astype(dtype)
-    for spec in forward:
-        w = jax.lax.with_sharding_constraint(w, spec)
-    return w
+    if layout is None or not layout.split_stream:
+        return x
+    tokens = "length" if "tensor" in layout.mesh_axes(axis) else "stream"
+    return constrain(x, ("batch", tokens, *[None] * (x.ndim - 3), last), layout)
+
+
+Specs = tuple[PartitionSpec, ...]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _relay(w: Array, dtype: DTypeLike, forward: Specs, backward: Specs) -> Array:
+    """w in `dtype`, laid out as `forward` says, one after another; its gradient as `backward` does, in w's dtype."""
+    return _laid_out(w.astype(dtype), forward)
+
+
+def _laid_out(x: Array, specs: Specs) -> Array:
+    for spec in specs:
+        x = jax.lax.with_sharding_constraint(x, spec)
+    return x
+
+
+def _relay_fwd(w: Array, dtype: DTypeLike, forward: Specs, backward: Specs) -> tuple[Array, Array]:
+    return _relay(w, dtype, forward, backward), np.zeros((0,), w.dtype)  # type: ignore[return-value]
+
+
+def _relay_bwd(dtype: DTypeLike, forward: Specs, backward: Specs, like: Array, g: Array) -> tuple[Array]:
+    return (_laid_out(g, backward).astype(like.dtype),)
+
+
+_relay.defvjp(_relay_fwd, _relay_bwd)
 
 
 def _without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(tuple(a for a in _names(entry) if a not in axes) or None for entry in spec))
 
 
-def _relay_fwd(
-    w: Array, dtype: DTypeLike, forward: tuple[PartitionSpec, ...], backward: PartitionSpec
-) -> tuple[Array, Array]:
-    return _relay(w, dtype, forward, backward), np.zeros((0,), w.dtype)  # type: ignore[return-value]
+def _shared(stored: PartitionSpec, used: PartitionSpec) -> bool:
+    """Whether a weight is spread over axes that share the batch with DATA, and not multiplied so."""
+    return not {"sequence", "expert"}.isdisjoint({*axes_in(stored)} - {*axes_in(used)})
 
 
-def _relay_bwd(
-    dtype: DTypeLike, forward: tuple[PartitionSpec, ...], backward: PartitionSpec, like: Array, g: Array
-) -> tuple[Array]:
-    last = [a for a in DATA[1:] if any(a in _names(entry) for entry in backward)][-1:]
-    g = jax.lax.with_sharding_constraint(g, _without(backward, tuple(last)))
-    return (jax.lax.with_sharding_constraint(g, backward).astype(like.dtype),)
+def _gathers(stored: PartitionSpec, used: PartitionSpec) -> Specs:
+    """Layouts on the way from `stored` to `used`, so that no gather spans three directions of the torus."""
+    three = (_without(stored, DATA[2:]),) if DATA[2] in axes_in(stored) else ()
+    return (*three, _without(stored, DATA), used) if _shared(stored, used) else (*three, used)
 
 
-_relay.defvjp(_relay_fwd, _relay_bwd)
+def _scatters(stored: PartitionSpec, used: PartitionSpec) -> Specs:
+    """Layouts of a gradient on the way to `stored`: over what shares the batch with DATA, DATA but its last, all."""
+    first = (_without(stored, DATA),) if _shared(stored, used) else ()
+    return (*first, _without(stored, _last(stored)), stored)
+
+
+def _last(spec: PartitionSpec) -> tuple[str, ...]:
+    """The last axis of DATA in it, if there are two."""
+    return tuple([a for a in DATA[1:] if a in axes_in(spec)][-1:])
+
+
+def copies(p: Param, w: Array, axes: tuple[str, ...], layout: Layout) -> tuple[Array, PartitionSpec]:
+    """A weight as `use` gives it with two leading axes, a copy for every device along `axes`, and how that lies.
+
+    What a `shard_map` takes whole has a gradient that is all-reduced there. That of copies is summed outside: over all
+    axes but DATA's last, where it is scattered as it is summed, then over the last. Forward nothing moves.
+    axes: those over which tokens are split; the ones that the weight itself lies on are left out.
+    """
+    sizes = mesh_sizes()
+    used = partition(p.axes, p.shape, layout, sizes)
+    stored = used if layout.zero == 0 else storage(p, layout, sizes)
+    others = tuple(a for a in axes if a not in axes_in(used))
+    last = tuple(a for a in _last(stored) if a in others)
+    rest = tuple(a for a in others if a not in last)
+    near, far = PartitionSpec(last or None, *used), PartitionSpec(rest or None, last or None, *used)
+
+    def repeated(x: Array, axes: tuple[str, ...]) -> Array:
+        return jnp.broadcast_to(x[None], (math.prod(sizes[a] for a in axes), *x.shape))
+
+    scattered = PartitionSpec(last or None, *_scatters(stored, used)[0])
+    w = _relay(repeated(w, last), w.dtype, (near,), (scattered,))
+    return jax.lax.with_sharding_constraint(repeated(w, rest), far), far
 
 
 def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -> Any:
@@ -275,15 +338,15 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
     def one(p: Param, w: leaves.Weight) -> Any:
         def array(x: Array, axes: tuple[str | None, ...]) -> Array:
             fixed = p.exact or (isinstance(w, leaves.Quantised) and x is w.scale)
-            cast = dtype if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) and not fixed else x.dtype
+            cast = dtype if jnp.issubdtype(x.dtype, jnp.floating) and not fixed else x.dtype
             if layout is None or not sizes:
                 return x.astype(cast)
             forward = partition(axes, x.shape, layout, sizes)
             if layout.zero == 0 or axes != p.axes:
-                return _relay(x, cast, (forward,), forward)
+                return _relay(x, cast, (forward,), (forward,))
             stored = storage(p, layout, sizes)
-            three = layout.zero == 3 and any(DATA[2] in _names(entry) for entry in stored)
-            return _relay(x, cast, (_without(stored, DATA[2:]), forward) if three else (forward,), stored)
+            gathers = _gathers(stored, forward) if layout.zero == 3 else (forward,)
+            return _relay(x, cast, gathers, _scatters(stored, forward))
 
         return leaves.map_arrays(array, w, p.axes, outputs=p.outputs)
 

@@ -29,7 +29,7 @@ from jaxllm.nn.position import relative_bias_params, tables
 from jaxllm.params import Normal, Param, ParamTree, layer, map_with_paths, stacked
 from jaxllm.records import Aux, Inputs, Memory, Output
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import constrain, use
+from jaxllm.sharding import constrain, inside, use
 
 __all__ = [
     "block",
@@ -160,7 +160,7 @@ def block(
     x, taps = x_BTD, {"residual": x_BTD}
     extra: dict[str, Any] = {}
     if cfg.place in ("parallel", "shared"):
-        h = norm(p["attn_norm"], cfg.norm, x)
+        h = inside(norm(p["attn_norm"], cfg.norm, x), "heads", given.runtime.layout)
         taps["attn"], extra["attn"] = attend(h)
         taps["ffn"], extra["ffn"] = feed(h if cfg.place == "shared" else norm(p["ffn_norm"], cfg.norm, x))
         both = constrain(taps["attn"] + taps["ffn"], ("batch", "stream", None), given.runtime.layout)
@@ -181,7 +181,7 @@ def _residual(
         return norm(p[f"{name}{which}"], cfg.norm, h)
 
     h = normed("_norm", x) if cfg.place in ("pre", "sandwich", "normed") else x
-    y, extra = branch(h)
+    y, extra = branch(inside(h, "ffn" if name == "ffn" else "heads", runtime.layout))
     y = constrain(y, ("batch", "stream", None), runtime.layout)  # sums over tensor end here
     match cfg.place:
         case "sandwich":

@@ -219,6 +219,22 @@ def test_the_data_axis_follows_the_torus(torus, tensor, want):
     assert (tuple(sizes[a] for a in DATA), sizes["tensor"]) == (want, tensor)
 
 
+def test_an_axis_may_be_half_a_side_of_the_torus():
+    """Four by four by four chips of v5p, named without the compiler: tensor takes half of the last side."""
+    places = [V5P(coords=p) for p in np.ndindex(4, 4, 4)]
+    mesh = make_mesh(Layout(tensor=2), places)
+    assert {axis: n for axis, n in mesh.shape.items() if n > 1} == {"data": 4, "data_y": 4, "data_z": 2, "tensor": 2}
+    one, two = mesh.devices.reshape(-1, 2)[0]
+    assert sum(abs(a - b) for a, b in zip(one.coords, two.coords, strict=True)) == 1  # neighbours
+
+
+class V5P(SimpleNamespace):
+    """A chip as jax describes it."""
+
+    platform, device_kind, process_index, core_on_chip = "tpu", "TPU v5p", 0, 0
+    __hash__ = object.__hash__
+
+
 def test_the_torus_is_read_off_the_chips():
     def chips(places):
         return [SimpleNamespace(coords=p) for p in places]

@@ -25,7 +25,7 @@ from jaxllm.leaves import dense
 from jaxllm.nn.ffn import activate
 from jaxllm.params import ParamTree, map_params
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import mesh_sizes, partition
+from jaxllm.sharding import axes_in, copies, mesh_sizes, partition
 
 
 def grouped(
@@ -50,7 +50,8 @@ def grouped(
     experts, over, _ = slices["down"]["kernel"]
     scattered = over is not None and out != rows  # a sum over tensor that ends split along T
 
-    def run(p: Any, x: Array, expert: Array, weight: Array) -> Float[Array, "B T D"]:
+    def run(own: Any, x: Array, expert: Array, weight: Array) -> Float[Array, "B T D"]:
+        p = jax.tree.map(lambda w: w[0, 0], own)
         if over is not None and "bias" in p["down"]:  # added once
             first = lax.axis_index(over) == 0
             p = p | {"down": p["down"] | {"bias": jnp.where(first, p["down"]["bias"], 0.0)}}
@@ -66,14 +67,27 @@ def grouped(
         return y if over is None else lax.psum(y, over)
 
     end = out if scattered else rows
-    split = jax.shard_map(run, in_specs=(slices, rows, rows, rows), out_specs=end, check_vma=False)
-    return split(p, x_BTD, *choices)
+    made = map_params(lambda q, w: copies(q, w, axes_in(rows), layout), tree, p)
+    own, specs = (map_params(lambda _, both, i=i: both[i], tree, made) for i in range(2))
+    split = jax.shard_map(run, in_specs=(specs, rows, rows, rows), out_specs=end, check_vma=False)
+    return split(own, x_BTD, *choices)
 
 
 def _by_token(y_MD: Float[Array, "M D"], expert_BTk: Int[Array, "B T k"]) -> Float[Array, "B T D"]:
     """Results of choices sorted by expert, summed by token."""
     order_M = jnp.argsort(expert_BTk.reshape(-1), stable=True)
-    return y_MD[jnp.argsort(order_M)].reshape(*expert_BTk.shape, -1).sum(2)
+    summed: Any = _summed(expert_BTk.shape[2], y_MD, order_M)
+    return summed.reshape(*expert_BTk.shape[:2], -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(k: int, y_MD: Float[Array, "M D"], order_M: Int[Array, " M"]) -> Float[Array, "BT D"]:
+    """The k sorted rows of every token, summed in float32. Its gradient is gathered; XLA's own would be scattered."""
+    place = jnp.argsort(order_M).reshape(-1, k)
+    return sum(y_MD[place[:, i]].astype(jnp.float32) for i in range(k)).astype(y_MD.dtype)  # type: ignore[union-attr]
+
+
+_summed.defvjp(lambda k, y, order: (_summed(k, y, order), order), lambda k, order, g: (g[order // k], None))
 
 
 def _alone(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxllm.config import GLU, MLP, Activation
 from jaxllm.leaves import project
 from jaxllm.params import Constant, Normal, Param, ParamTree
+from jaxllm.sharding import Layout, inside
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -71,8 +72,11 @@ def activate(cfg: MLP | GLU, up: Float[Array, "... F"], gate: Float[Array, "... 
             assert_never(other)
 
 
-def dense_ffn(p: Any, cfg: MLP | GLU, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def dense_ffn(
+    p: Any, cfg: MLP | GLU, x_BTD: Float[Array, "B T D"], layout: Layout | None = None
+) -> Float[Array, "B T D"]:
     """MLP: down(act(up(x))). GLU: down(act(gate(x)) * up(x)) (Shazeer 2020, eq. 6)."""
     up_BTF = linear(p["up"], x_BTD, "BTD,DF->BTF")
     gate_BTF = linear(p["gate"], x_BTD, "BTD,DF->BTF") if isinstance(cfg, GLU) else None
-    return linear(p["down"], activate(cfg, up_BTF, gate_BTF), "BTF,FD->BTD")
+    hidden_BTF = inside(activate(cfg, up_BTF, gate_BTF), "ffn", layout, last="ffn")
+    return linear(p["down"], hidden_BTF, "BTF,FD->BTD")

@@ -66,7 +66,7 @@ def ffn(
     """Any feed-forward layer, and a mixture's statistics. real_BT: False at padding; None: no padding."""
     match cfg:
         case MLP() | GLU():
-            return dense_ffn(p, cfg, x_BTD), {}
+            return dense_ffn(p, cfg, x_BTD, runtime.layout), {}
         case MoE():
             return moe(p, cfg, x_BTD, real_BT, runtime)
         case other:
@@ -150,7 +150,7 @@ def moe(
         tree = _expert_params(cfg, x_BTD.shape[-1])
         y = grouped(p["experts"], cfg, tree, x_BTD, (r.expert_BTk, r.weight_BTk), runtime)
     if cfg.shared is not None:
-        shared = dense_ffn(p["shared"], cfg.shared, x_BTD)
+        shared = dense_ffn(p["shared"], cfg.shared, x_BTD, runtime.layout)
         if cfg.shared_gate:
             shared = shared * jax.nn.sigmoid(linear(p["shared_gate"], x_BTD, "BTD,DI->BTI"))
         y = y + shared

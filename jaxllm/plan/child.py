@@ -1,6 +1,6 @@
-"""Compile one training step for a TPU slice that is not there, in a process of its own: python -m jaxllm.plan.child DIR
+"""Compile one training step for chips that are not there, in a process of its own: python -m jaxllm.plan.child DIR
 
-The TPU compiler reads its environment once, when it is loaded, and can take gigabytes or die; the parent
+The compiler reads its environment once, when it is loaded, and can take gigabytes or die; the parent
 (`jaxllm.plan.compile`) sets that environment, watches this process, and reads from DIR what it leaves:
 
     job.json      in: {"experiment": tagged JSON, "topology": name}
@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from jaxllm.experiment import Experiment, saved
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.plan.topology import Slice, parse
 from jaxllm.sharding import Layout, make_mesh
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.step import abstract_batch, abstract_state, make_step
@@ -54,8 +55,15 @@ def read_job(job: Path) -> tuple[Experiment, Mesh]:
     wanted = json.loads((job / "job.json").read_text())
     exp = saved(wanted["experiment"])
     write(job / "phase", "naming the chips")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=wanted["topology"]).devices
-    return exp, make_mesh(exp.runtime.layout or Layout(), chips)
+    return exp, make_mesh(exp.runtime.layout or Layout(), chips(parse(wanted["topology"])))
+
+
+def chips(target: Slice) -> list[Any]:
+    """The devices of a slice that is not there."""
+    if target.gpu:
+        told: dict[str, Any] = {"target_config": target.chip.description, "topology": f"1x1x{target.devices}"}
+        return topologies.get_topology_desc(platform="cuda", **told).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=target.name).devices
 
 
 def compile_job(job: Path) -> dict[str, Any]:

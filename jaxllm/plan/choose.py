@@ -18,7 +18,7 @@ from jaxllm.experiment import load_config
 from jaxllm.plan.compile import TIME_OUT, compile_step, require_compiler
 from jaxllm.plan.estimate import estimate, to_json
 from jaxllm.plan.picture import draw, require_drawable
-from jaxllm.plan.report import GIB, plain_table, write_json
+from jaxllm.plan.report import GIB, plain_table, require_timed, write_json
 from jaxllm.plan.search import Candidate, Found, cached, candidates, decoding, offers, search
 from jaxllm.plan.topology import parse
 from jaxllm.sharding import Layout
@@ -43,7 +43,8 @@ def search_command(
         raise ValueError(f"plan: --out must be a .py file in a directory that exists, got {out!r}")
     overrides = list(overrides)
     exp, target, console = load_config(config, overrides), parse(topology), Console()
-    require_compiler()
+    require_timed(target, "--search ranks by seconds")
+    require_compiler(target)
     wanted = candidates(exp, target)
     console.print(
         f"{exp.model.name} on {target.name}: {len(wanted)} layouts may fit by formula; compiling the most promising "

@@ -60,7 +60,7 @@ class Compiled:
 
 
 def prepare(exp: Experiment, target: Slice) -> Experiment:
-    """The experiment as it would run on the slice: "auto" attention is the TPU kernel, no layout means FSDP over all.
+    """The experiment as it would run on the slice: "auto" attention is the chip's kernel, no layout is FSDP over all.
 
     Raises ValueError when the layout does not fit the slice or the model, or the batch does not divide.
     """
@@ -75,21 +75,32 @@ def prepare(exp: Experiment, target: Slice) -> Experiment:
             f"plan: batch_size={exp.batch_size} must be a multiple of replica * data * expert * accumulate = {unit} on "
             f"{target.name}; the nearest is {max(round(exp.batch_size / unit), 1) * unit}"
         )
-    attention = "tpu" if exp.runtime.attention == "auto" else exp.runtime.attention
+    kernel = "gpu" if target.gpu else "tpu"
+    attention = kernel if exp.runtime.attention == "auto" else exp.runtime.attention
     return replace(exp, runtime=replace(exp.runtime, attention=attention, layout=layout))
 
 
-def require_compiler() -> None:
-    """Raise ValueError with the cure when the TPU compiler is not installed."""
-    if sys.platform != "linux" or importlib.util.find_spec("libtpu") is None:
+def require_compiler(target: Slice) -> None:
+    """Raise ValueError with the cure when the compiler for these chips is not installed."""
+    linux = sys.platform == "linux"
+    if target.gpu and not (linux and all(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_plugins")))):
+        cure = " ".join(f"{name}=={importlib.metadata.version('jax')}" for name in _GPU_COMPILER)
+        raise ValueError(
+            "plan: XLA's compiler for NVIDIA GPUs is not installed; it needs no GPU, no driver and no other part of "
+            f"CUDA, only Linux: pip install {cure}"
+        )
+    if not target.gpu and not (linux and importlib.util.find_spec("libtpu")):
         raise ValueError(
             'plan: the TPU compiler (libtpu) is not installed; it needs no TPU, only Linux: pip install "jaxllm[tpu]"'
         )
 
 
-def versions() -> dict[str, str]:
+_GPU_COMPILER = "jax-cuda12-plugin", "jax-cuda12-pjrt"
+
+
+def versions(target: Slice) -> dict[str, str]:
     """Of what compiles."""
-    return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    return {name: importlib.metadata.version(name) for name in ("jax", _GPU_COMPILER[0] if target.gpu else "libtpu")}
 
 
 # ------------------------------------------------------------------------------------------------------ compiling
@@ -103,7 +114,7 @@ def compile_step(
     Raises ValueError for a slice the compiler does not know, TimeoutError after `time_out` seconds, RuntimeError when
     the compiler fails in another way. A program that does not fit is no error: `scheduled` is None.
     """
-    require_compiler()
+    require_compiler(target)
     with tempfile.TemporaryDirectory(prefix="jaxllm-plan-") as name:
         job = Path(name)
         (job / "job.json").write_text(json.dumps({"experiment": serial.dumps(exp), "topology": target.name}))
@@ -117,7 +128,7 @@ def compile_step(
 
 
 def environment(xla_flags: str = "", libtpu_flags: str = "") -> dict[str, str]:
-    """A child's environment: a TPU compiler that looks for no TPU, and these flags beside the user's own."""
+    """A child's environment: a compiler that looks for no TPU, GPU or driver, and these flags beside the user's own."""
     root = str(Path(__file__).resolve().parents[2])
     ours = {
         "JAX_PLATFORMS": "cpu",
@@ -125,6 +136,7 @@ def environment(xla_flags: str = "", libtpu_flags: str = "") -> dict[str, str]:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip(),
         "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {libtpu_flags}".strip(),
@@ -199,13 +211,13 @@ def _collect(job: Path, code: int, target: Slice) -> Compiled:
         limit=result.get("limit"),
         seconds=result["compile_seconds"],
         cpu_seconds=result["cpu_seconds"],
-        versions=versions(),
+        versions=versions(target),
     )
 
 
 def _dumped(job: Path, what: str) -> str:
     """A text the compiler dumped for the step. (Small programs compiled for the CPU on the way lie beside it.)"""
-    found = [p for p in (job / "dump").glob(f"*jit_step*.{what}.txt") if ".cpu_" not in p.name]
+    found = [p for p in (job / "dump").glob(f"*jit_step*{what}.txt") if ".cpu_" not in p.name]
     if not found:
         raise RuntimeError(
             f"plan: this libtpu wrote no {what!r} text; known to work: jax 0.10.2 to 0.12 with its own libtpu"

@@ -1,11 +1,13 @@
 """A plan: the figures of one compiled step per chip, what they add up to, and what to change when it does not fit.
 
-    step seconds = cycles / clock + kernel seconds        collectives are taken as hidden behind the arithmetic
+    step seconds = cycles / clock + kernel seconds + grouped matmul seconds      collectives: hidden behind these
     MFU          = model FLOPs / (step seconds x peak)    model FLOPs: `jaxllm.flops`, without recomputation
 
 Cycles are the compiler's estimates. Pallas kernels have none, so their bundles are run (`bundles.py`), for rows of one
 document each. Where that cannot be done their seconds are null, with the reason, and step seconds takes them at the
-matrix unit's peak: then it is a lower bound, and MFU an upper one.
+matrix unit's peak: then it is a lower bound, and MFU an upper one. XLA's grouped matmul works on the rows it is given;
+it is taken at that peak too, for a balanced load of the experts, with which a loop over rounds of their exchange runs
+once. For GPUs XLA estimates no time: all seconds are null.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxllm.config import MoE
 from jaxllm.experiment import Experiment
+from jaxllm.nn.dispatch import room
 from jaxllm.params import leaves
 from jaxllm.plan.compile import Compiled
 from jaxllm.plan.hlo import parse
@@ -29,6 +33,8 @@ from jaxllm.plan.topology import Slice
 from jaxllm.sharding import Layout, partition, shares, storage
 from jaxllm.transformer import transformer_params
 
+NO_TIME = "XLA estimates no time for GPU programs, and nothing here has run them"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -37,6 +43,7 @@ class Plan:
     program: None when it does not fit.  limit: bytes of HBM to fit in.
     model_flops, attention_flops: per chip and step, without recomputation.
     kernel_seconds: of one run of each Pallas kernel.  untimed: why they could not be timed, None when they were.
+    grouped_flops: of the mixtures' grouped matmuls per chip and step, recomputation included, at a balanced load.
     """
 
     exp: Experiment
@@ -49,21 +56,24 @@ class Plan:
     compiled: Compiled
     kernel_seconds: Mapping[str, float] = field(default_factory=dict)
     untimed: str | None = None
+    grouped_flops: float = 0.0
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler could place everything in HBM."""
-        return self.program is not None
+        """Whether everything can be placed in HBM. (A compiler of GPU programs has none to run out of.)"""
+        return self.program is not None and self.memory.total <= self.limit
 
     @property
     def xla_seconds(self) -> float | None:
-        """Estimated cycles / clock."""
-        return None if self.program is None else self.program.cycles / self.target.chip.clock
+        """Estimated cycles / clock; None for GPUs."""
+        if self.program is None or self.target.gpu:
+            return None
+        return self.program.cycles / self.target.chip.clock
 
     @property
     def kernel_flops(self) -> float:
         """FLOPs of the Pallas kernels: as their authors state them, else the model's attention FLOPs."""
-        kernels = self.program.kernels if self.program else ()
+        kernels = [k for k in self.program.kernels if k.rows is None] if self.program else []
         stated = [k.flops * k.count for k in kernels if k.flops is not None]
         return sum(stated) if len(stated) == len(kernels) else self.attention_flops
 
@@ -72,15 +82,21 @@ class Plan:
         """Of all kernels, as often as they run; None when they could not be timed."""
         if self.program is None or self.untimed is not None:
             return None
-        return sum(k.count * self.kernel_seconds[k.name] for k in self.program.kernels)
+        return sum(k.count * self.kernel_seconds[k.name] for k in self.program.kernels if k.rows is None)
+
+    @property
+    def grouped_seconds(self) -> float | None:
+        """Of the grouped matmuls, at the matrix unit's peak."""
+        return None if self.program is None or self.target.gpu else self.grouped_flops / self.target.chip.peak
 
     @property
     def step_seconds(self) -> float | None:
-        """XLA's and the kernels' seconds; a lower bound when these could not be timed."""
-        if self.xla_seconds is None:
+        """XLA's, the kernels' and the grouped matmuls' seconds; a lower bound when kernels could not be timed."""
+        if self.xla_seconds is None or self.grouped_seconds is None:
             return None
         at_peak = self.kernel_flops / self.target.chip.peak
-        return self.xla_seconds + (at_peak if self.pallas_seconds is None else self.pallas_seconds)
+        kernels = at_peak if self.pallas_seconds is None else self.pallas_seconds
+        return self.xla_seconds + kernels + self.grouped_seconds
 
     @property
     def mfu(self) -> float | None:
@@ -90,7 +106,9 @@ class Plan:
     @property
     def wire_seconds(self) -> float | None:
         """Collectives' bytes over the chip's published link speed: what must be hidden behind the arithmetic."""
-        return None if self.program is None else sum(c.wire for c in self.program.collectives) / self.target.chip.wire
+        if self.program is None or self.target.gpu:
+            return None
+        return sum(c.wire for c in self.program.collectives) / self.target.chip.wire
 
     @property
     def tokens_per_chip(self) -> float:
@@ -118,15 +136,31 @@ def estimate(exp: Experiment, target: Slice, compiled: Compiled) -> Plan:
         compiled,
         kernel_seconds,
         untimed,
+        0.0 if made is None else _balanced_flops(made, exp, sizes),
     )
+
+
+def _balanced_flops(made: Program, exp: Experiment, sizes: Mapping[str, int]) -> float:
+    """Of all grouped matmuls, without the rows of an exchange's buffers that a balanced load leaves empty."""
+    devices = sizes["expert"]
+    tokens = exp.batch_size * exp.data.context // (shares(sizes) * sizes["sequence"] * exp.accumulate)
+    used: dict[int, int] = {}
+    for block in (block for stack in exp.model.stacks for block in stack.pattern):
+        if isinstance(block.ffn, MoE) and devices > 1:
+            choices = tokens * block.ffn.router.top_k
+            used[devices * room((exp.runtime.layout or Layout()).spare, choices, devices)] = choices
+    return sum(k.count * (k.flops or 0.0) * used.get(k.rows, k.rows) / k.rows for k in made.kernels if k.rows)
 
 
 def _timed(made: Program | None, compiled: Compiled, target: Slice) -> tuple[dict[str, float], str | None]:
     """(seconds of one run of each kernel, None), or ({}, why they could not be timed)."""
+    if target.gpu:
+        return {}, NO_TIME
     if isinstance(compiled.calls, str):
         return {}, compiled.calls
     try:
-        return seconds(made.kernels if made else (), compiled.calls, target.chip), None
+        pallas = [k for k in made.kernels if k.rows is None] if made else []
+        return seconds(pallas, compiled.calls, target.chip), None
     except Undecided as error:
         return {}, str(error)
 
@@ -189,6 +223,10 @@ def advice(plan: Plan) -> list[str]:
     return [f"{text} (about {size / 2**30:.1f} GiB less)" for size, text in ranked if size > 2**20]
 
 
+def _hardware_flops(plan: Plan, made: Program) -> float:
+    return made.matrix_flops + plan.kernel_flops + plan.grouped_flops
+
+
 def _by_axes(made: Program) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for c in made.collectives:
@@ -206,14 +244,16 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "hbm_limit_gib": plan.limit / 2**30,
         "hbm_by_part": {part: size / 2**30 for part, size in plan.memory.by_part.items()},
         "model_tflop": plan.model_flops / 1e12,
-        "hardware_tflop": made and made.matrix_flops / 1e12 + plan.kernel_flops / 1e12,
+        "hardware_tflop": None if made is None or plan.target.gpu else _hardware_flops(plan, made) / 1e12,
         "xla_seconds": plan.xla_seconds,
         "pallas_seconds": plan.pallas_seconds,
-        "pallas_note": plan.untimed and f"not timed, taken at the matrix unit's peak: {plan.untimed}",
+        "pallas_note": None if plan.untimed in (None, NO_TIME) else f"not timed, taken at peak: {plan.untimed}",
+        "time_note": NO_TIME if plan.target.gpu else None,
         "pallas_calls": made and made.kernel_counts(),
+        "grouped_seconds": plan.grouped_seconds,
         "step_seconds": plan.step_seconds,
         "mfu": plan.mfu,
-        "mfu_formula": "model_tflop / (step_seconds x peak); step_seconds = xla_seconds + pallas_seconds",
+        "mfu_formula": "model_tflop / (step_seconds x peak); step_seconds = xla_ + pallas_ + grouped_seconds",
         "collectives": made and {kind: {"count": n, "wire_gb": gb} for kind, (n, gb) in made.wire().items()},
         "wire_gb": made and sum(c.wire for c in made.collectives) / 1e9,
         "wire_gb_by_axes": made and _by_axes(made),

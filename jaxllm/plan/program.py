@@ -39,11 +39,16 @@ class Collective:
     source: str
 
 
+GROUPED = "ragged-dot"
+"""How the names of XLA's own kernels begin that multiply groups of rows."""
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """A call of a Pallas kernel in the program.
+    """A call of a Pallas kernel in the program, or of XLA's grouped matmul.
 
-    name: of the operation.  count: runs per step.  shapes: of its operands.  flops: per run, if its author stated them.
+    name: of the operation.  count: runs per step.  shapes: of its operands.  flops: per run, if its author stated them;
+    of a grouped matmul those of all rows, used or not.
     """
 
     name: str
@@ -53,8 +58,14 @@ class Kernel:
 
     @property
     def kind(self) -> str:
-        """The name without the number that tells calls apart."""
-        return re.sub(r"[.\d]+$", "", self.name)
+        """The name without what tells calls apart."""
+        return re.sub(r"(\.pallas_call)?[.\d]+$", "", self.name)
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of a grouped matmul; None of a Pallas kernel, 0 of what only prepares one."""
+        matrices = self.shapes[-2:]
+        return (matrices[0][0] if len(matrices[-1]) > 1 else 0) if self.name.startswith(GROUPED) else None
 
 
 @dataclass(frozen=True)
@@ -107,10 +118,11 @@ def program(module: Module, sizes: Mapping[str, int]) -> Program:
             seen.add(key)
             shown, size = _wire(visit, kind)
             collectives[shown, axes_of(op, sizes), _shape(op), module.source(op), size] += visit.times
-        if op.kind == "custom-call" and 'custom_call_target="tpu_custom_call"' in op.attrs:
+        if op.kind == "custom-call" and (op.attr(r'custom_call_target="([^"]*)"') in _KERNELS):
             before = kernels[op.name].count if op.name in kernels else 0
             shapes = tuple(tuple(dims(visit.scope[name].type)) for name in op.operands)
-            kernels[op.name] = Kernel(op.name, before + visit.times, shapes, _stated_flops(op))
+            stated = _grouped_flops(shapes) if op.name.startswith(GROUPED) else _stated_flops(op)
+            kernels[op.name] = Kernel(_kernel_name(op), before + visit.times, shapes, stated)
         estimate = None if visit.fusion else op.attr(r'"estimated_cycles":"(\d+)"')
         if estimate is not None:
             where = (_short(op), module.source(op))
@@ -125,6 +137,14 @@ def program(module: Module, sizes: Mapping[str, int]) -> Program:
         walk.trips,
         tuple(walk.unknown),
     )
+
+
+_KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
+
+
+def _kernel_name(op: Op) -> str:
+    """The operation's; on GPUs, where all are called alike, with what jax was told before it."""
+    return f"{op.op_name.split('/')[-2]}.{op.name}" if op.name.startswith("pallas_call") else op.name
 
 
 def _by_wire(collective: Collective) -> float:
@@ -180,6 +200,14 @@ def _shape(op: Op) -> str:
 def _stated_flops(op: Op) -> float | None:
     stated = op.attr(r'"cost_estimate":\{[^}]*"flops":"?([\d.e+]+)')
     return float(stated) if stated else None
+
+
+def _grouped_flops(shapes: tuple[tuple[int, ...], ...]) -> float:
+    """Of [M, D] times [E, D, F] in either order, or [M, D] and [M, F] to [E, D, F]: all are 2 M D F."""
+    if len(shapes[-1]) < 2:  # what prepares it
+        return 0.0
+    x, w = shapes[-2:]
+    return 2.0 * math.prod(x) * (w[1] if len(w) == 2 else math.prod(w[1:]) // x[1])
 
 
 # ----------------------------------------------------------------------------------------------------------- flops

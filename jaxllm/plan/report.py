@@ -20,12 +20,12 @@ from jaxllm.experiment import Experiment, load_config, saved
 from jaxllm.model import Run, locate, spec_of
 from jaxllm.models.presets import EVERY
 from jaxllm.plan.compile import TIME_OUT, compile_step, prepare, require_compiler
-from jaxllm.plan.estimate import Plan, advice, estimate, to_json
+from jaxllm.plan.estimate import NO_TIME, Plan, advice, estimate, to_json
 from jaxllm.plan.info import Info, info, parameters_by_part, training_bytes
 from jaxllm.plan.memory import PARTS
 from jaxllm.plan.picture import draw, require_drawable
-from jaxllm.plan.program import Program
-from jaxllm.plan.topology import parse
+from jaxllm.plan.program import GROUPED, Program
+from jaxllm.plan.topology import Slice, parse
 
 GIB = 2**30
 
@@ -40,7 +40,7 @@ def plan(exp: Experiment, topology: str, *, time_out: float = TIME_OUT, console:
     RuntimeError when the compiler fails.
     """
     target = parse(topology)
-    require_compiler()
+    require_compiler(target)
     ready = prepare(exp, target)
     shown = Console(stderr=True) if console is None else console
     with shown.status("starting the compiler") as status:
@@ -62,6 +62,7 @@ def plan_command(
 ) -> int:
     """`jaxllm plan CONFIG --topology NAME`: print the plan. Returns 0, or 1 when it does not fit."""
     if picture is not None:
+        require_timed(parse(topology), "--report draws seconds")
         require_drawable(Path(picture))
     result = plan(load_config(config_path, overrides), topology, time_out=time_out)
     print_plan(result, Console())
@@ -70,6 +71,12 @@ def plan_command(
     if json_path is not None:
         write_json(json_path, to_json(result))
     return 0 if result.fits else 1
+
+
+def require_timed(target: Slice, what: str) -> None:
+    """Raise ValueError for chips whose programs have no estimated time."""
+    if target.gpu:
+        raise ValueError(f"plan: {what}, and {NO_TIME}; for {target.name} plan one layout at a time, with --json FILE")
 
 
 def print_plan(result: Plan, console: Console) -> None:
@@ -86,10 +93,16 @@ def print_plan(result: Plan, console: Console) -> None:
         for line in advice(result):
             console.print(f"  - {line}", highlight=False)
         return
-    console.print(_time_table(result))
+    if target.gpu:
+        kernels = result.program.kernel_counts() if result.program else {}
+        counts = ", ".join(f"{kind} x{count}" for kind, count in kernels.items())
+        console.print(f"No time: {NO_TIME}. Pallas kernels: {counts or 'none'}.", highlight=False)
+    else:
+        console.print(_time_table(result))
     console.print(_wire_table(result))
-    console.print(_cost_table(result))
-    console.print(_limits(result), highlight=False)
+    if not target.gpu:
+        console.print(_cost_table(result))
+        console.print(_limits(result), highlight=False)
 
 
 def _memory_table(result: Plan) -> Table:
@@ -110,15 +123,18 @@ def _time_table(result: Plan) -> Table:
     table.add_row(
         "XLA", _seconds(result.xla_seconds), f"{made.cycles / 1e6:,.0f} M cycles / {chip.clock / 1e9:.2f} GHz"
     )
-    if made.kernels:
+    if any(k.rows is None for k in made.kernels):
         table.add_row("Pallas kernels", *_kernel_row(result, made))
+    if result.grouped_flops:
+        shown = f"{result.grouped_flops / 1e12:,.0f} TFLOP at {chip.peak / 1e12:.0f} TFLOP/s, experts equally loaded"
+        table.add_row("grouped matmuls", _seconds(result.grouped_seconds or 0), shown)
     step = "" if result.untimed is None else "at least "
     tokens = result.tokens_per_chip / (result.step_seconds or 1)
     table.add_row(
         "step", step + _seconds(result.step_seconds or 0), f"{tokens:,.0f} tokens/s per chip, collectives hidden"
     )
     table.add_row("model FLOPs", f"{result.model_flops / 1e12:.4g} TFLOP", "3 x forward, attention counted causally")
-    hardware = (made.matrix_flops + result.kernel_flops) / 1e12
+    hardware = (made.matrix_flops + result.kernel_flops + result.grouped_flops) / 1e12
     table.add_row(
         "hardware FLOPs", f"{hardware:.4g} TFLOP", "compiled matrix products and kernels, recomputation included"
     )
@@ -131,7 +147,7 @@ def _time_table(result: Plan) -> Table:
 
 def _kernel_row(result: Plan, made: Program) -> tuple[str, str]:
     """Seconds of the kernels, and how they were found."""
-    counts = ", ".join(f"{kind} x{count}" for kind, count in made.kernel_counts().items())
+    counts = ", ".join(f"{kind} x{count}" for kind, count in made.kernel_counts().items() if GROUPED not in kind)
     if result.pallas_seconds is not None:
         return _seconds(result.pallas_seconds), f"their bundles run, every row one document ({counts})"
     chip = result.target.chip

@@ -212,11 +212,12 @@ def _hopeless(candidate: Candidate, failed: Candidate) -> bool:
 
 def cached(compile_one: Callable[[Candidate], dict[str, Any]], folder: Path) -> Callable[[Candidate], dict[str, Any]]:
     """`compile_one` that keeps what it made in `folder`, by experiment, slice, compiler and this library's source."""
-    stamp = _source_hash() + json.dumps(versions(), sort_keys=True) + os.environ.get("LIBTPU_INIT_ARGS", "")
+    stamp = _source_hash() + os.environ.get("LIBTPU_INIT_ARGS", "")
 
     def get(candidate: Candidate) -> dict[str, Any]:
         plain = replace(candidate.exp, run_dir="", samples=())
-        key = hashlib.sha256((stamp + candidate.target.name + serial.dumps(plain)).encode()).hexdigest()[:32]
+        compiler = json.dumps(versions(candidate.target), sort_keys=True)
+        key = hashlib.sha256((stamp + compiler + candidate.target.name + serial.dumps(plain)).encode()).hexdigest()[:32]
         path = folder / f"{key}.json"
         if path.exists():
             return json.loads(path.read_text())

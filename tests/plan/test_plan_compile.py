@@ -5,16 +5,18 @@ import json
 import sys
 
 import pytest
+from rich.console import Console
 
 from jaxllm.experiment import Data, Experiment, Source, resolve
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.plan import compile as compiling
 from jaxllm.plan import topology
+from jaxllm.plan.choose import search_command
 from jaxllm.plan.compile import Compiled, compile_step, prepare
-from jaxllm.plan.estimate import Plan, advice, to_json
+from jaxllm.plan.estimate import NO_TIME, Plan, advice, to_json
 from jaxllm.plan.memory import PARTS, Memory
 from jaxllm.plan.program import Kernel, Program
-from jaxllm.plan.report import plan, plan_command
+from jaxllm.plan.report import plan, plan_command, print_plan
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout
 
@@ -128,7 +130,7 @@ def test_an_unknown_slice_is_named_by_the_compiler():
 
 
 def test_time_out_ends_the_child(monkeypatch):
-    monkeypatch.setattr(compiling, "require_compiler", lambda: None)
+    monkeypatch.setattr(compiling, "require_compiler", lambda target: None)
     with pytest.raises(TimeoutError, match=r"longer than 0 s; allow more with --timeout"):
         compile_step(prepare(experiment(), V5E), V5E, time_out=0.3)
 
@@ -157,6 +159,43 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "jaxllm\[tpu\]"'):
         plan(experiment(), "v5e:2x2")
+
+
+def test_no_compiler_for_gpus(monkeypatch):
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs no GPU.*pip install jax-cuda12-plugin==\S+ jax-cuda12-pjrt=="):
+        plan(experiment(), "h100:8")
+
+
+def test_gpus_have_no_seconds(tmp_path):
+    """What wants them is refused before anything is compiled; a plan has null, and says why."""
+    (tmp_path / "toy.py").write_text(CONFIG)
+    with pytest.raises(ValueError, match="--report draws seconds, and XLA estimates no time for GPU"):
+        plan_command(str(tmp_path / "toy.py"), [], "a100:8", picture=str(tmp_path / "plan.png"))
+    with pytest.raises(ValueError, match="--search ranks by seconds"):
+        search_command(str(tmp_path / "toy.py"), [], "a100:8", minutes=1.0)
+    program, nothing = Program(0, 1.0, (), (), (), {}, ()), Compiled("", "", "", "", (), 0, None, 0.0, 0.0, {})
+    made = Plan(experiment(), topology.parse("h100:8"), Memory({}, ()), 2**34, program, 1.0, 1.0, nothing, {}, NO_TIME)
+    shown = to_json(made)
+    assert made.fits
+    assert {shown[name] for name in ("xla_seconds", "pallas_seconds", "step_seconds", "wire_seconds", "mfu")} == {None}
+    assert shown["time_note"] == NO_TIME
+    assert shown["pallas_note"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", ["h100:8", "a100:8"])
+def test_a_step_for_gpus(gpus, capsys):
+    """FSDP 4 x tensor 2 with the flash kernel, compiled with neither GPU nor driver."""
+    pytest.importorskip("jax_cuda12_plugin", reason="needs XLA's compiler for GPUs")
+    ready = experiment(attention="gpu", tensor=2, replicate_below=1024)
+    made = plan(dataclasses.replace(ready, data=dataclasses.replace(ready.data, context=256)), gpus, time_out=300)
+    assert made.fits and set(made.memory.by_part) == set(PARTS)
+    assert made.memory.by_part["optimiser"] == pytest.approx(2 * made.memory.by_part["parameters"], rel=0.01)
+    assert {("all-gather", "data"), ("reduce-scatter", "data")} <= {(c.kind, c.axes) for c in made.program.collectives}
+    assert made.program.kernel_counts() == {"flash_forward": 4, "flash_dq": 2, "flash_dkv": 2}
+    print_plan(made, Console())
+    assert "No time: XLA estimates" in capsys.readouterr().out
 
 
 def test_layouts_and_batches_that_do_not_fit():

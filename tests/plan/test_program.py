@@ -148,3 +148,23 @@ def test_llama_costs_name_their_source(llama):
     assert "backward dot_general" in top.name
     assert sum(c.cycles for c in llama.costs) == llama.cycles
     assert sum(c.flops for c in llama.costs) <= llama.matrix_flops
+
+
+GROUPED = """
+ENTRY %main (x: bf16[20,8], w: bf16[2,8,6], g: bf16[20,6], n: s32[2]) -> bf16[2,8,6] {
+  %x = bf16[20,8] parameter(0)
+  %w = bf16[2,8,6] parameter(1)
+  %g = bf16[20,6] parameter(2)
+  %n = s32[2] parameter(3)
+  %ragged-dot-metadata = (s32[3]) custom-call(%n), custom_call_target="tpu_custom_call"
+  %ragged-dot-none = bf16[20,6] custom-call(%n, %x, %w), custom_call_target="tpu_custom_call"
+  %ragged-dot-none.1 = bf16[20,8] custom-call(%n, %g, %w), custom_call_target="tpu_custom_call"
+  ROOT %ragged-dot-none.2 = bf16[2,8,6] custom-call(%n, %x, %g), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_grouped_matmuls_count_all_rows():
+    """XLA's own kernel, forward, backward to rows and to matrices: 2 x 20 rows x 8 x 6 each; no Pallas kernel."""
+    made = program(parse(GROUPED), MESH)
+    assert [(k.rows, k.flops) for k in made.kernels] == [(0, 0.0), (20, 1920.0), (20, 1920.0), (20, 1920.0)]
