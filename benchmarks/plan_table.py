@@ -19,7 +19,8 @@ from jaxllm.models.presets import PRESETS
 from jaxllm.plan.estimate import to_json
 from jaxllm.plan.report import plan, print_plan, write_json
 from jaxllm.plan.topology import parse
-from jaxllm.runtime import Remat, Runtime
+from jaxllm.remat import Remat
+from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout
 
 

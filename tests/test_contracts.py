@@ -174,9 +174,10 @@ def test_how_never_changes_what(name, getkey):
         )
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad))
     for other in [
-        Runtime(remat="full"),
+        Runtime(remat="full", offload=("stream",)),
         Runtime(remat="attention", unroll=True),
         Runtime(remat="dots", attention="reference"),
+        Runtime(remat=("query", "latent", "attention_out", "gate"), offload=("up",)),
     ]:
         got, got_grad = value_and_grad(params, other)
         np.testing.assert_allclose(got, value, rtol=1e-5)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxllm.config import GLU, MLP, Activation
 from jaxllm.leaves import project
 from jaxllm.params import Constant, Normal, Param, ParamTree
+from jaxllm.remat import named
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -73,6 +74,6 @@ def activate(cfg: MLP | GLU, up: Float[Array, "... F"], gate: Float[Array, "... 
 
 def dense_ffn(p: Any, cfg: MLP | GLU, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """MLP: down(act(up(x))). GLU: down(act(gate(x)) * up(x)) (Shazeer 2020, eq. 6)."""
-    up_BTF = linear(p["up"], x_BTD, "BTD,DF->BTF")
-    gate_BTF = linear(p["gate"], x_BTD, "BTD,DF->BTF") if isinstance(cfg, GLU) else None
-    return linear(p["down"], activate(cfg, up_BTF, gate_BTF), "BTF,FD->BTD")
+    up_BTF = named(linear(p["up"], x_BTD, "BTD,DF->BTF"), "up")
+    gate_BTF = named(linear(p["gate"], x_BTD, "BTD,DF->BTF"), "gate") if isinstance(cfg, GLU) else None
+    return named(linear(p["down"], activate(cfg, up_BTF, gate_BTF), "BTF,FD->BTD"), "down")
