@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxllm.lowered import Kind
 from jaxllm.remat import Name, Remat, require_valid
 from jaxllm.sharding import Layout
 
@@ -26,6 +27,8 @@ class Runtime:
     layout: None on one device.
     taps: names of intermediates that `forward` returns in `aux.taps`: "residual" (each block's input), "attn", "ffn".
     vocab_chunk: columns of logits that the loss holds at a time.
+    matmul: "int8" and "fp8" multiply the kernels of layers in 8 bits while training, in both passes (`jaxllm.lowered`);
+        experts, routers, embedding and head are left out.
     experts: how dropless mixtures are computed: "grouped" sorts tokens by expert, "dense" lets every expert see all.
     """
 
@@ -38,6 +41,7 @@ class Runtime:
     taps: tuple[str, ...] = ()
     vocab_chunk: int = 16_384
     experts: Literal["grouped", "dense"] = "grouped"
+    matmul: Literal["default"] | Kind = "default"
 
     def __post_init__(self) -> None:
         require_valid(self.remat, self.offload)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxllm.cache import Caches, Rows
 from jaxllm.config import GQA, Block, Stack, Transformer
+from jaxllm.leaves import lower
 from jaxllm.nn.attention import Cached, Given, attention, attention_params, cross_attention, cross_params, keys_values
 from jaxllm.nn.attention import memory_rows as layer_memory
 from jaxllm.nn.context import in_ring_order, in_row_order
@@ -229,6 +230,8 @@ def run_stack(
     def one(b: int, p: Any, x: Array, index: Any, held: Any) -> Any:
         declared = place_params(cfg, b, x.shape[-1])
         ready = use(declared, p, given.runtime.layout, given.runtime.compute_dtype)
+        if given.runtime.matmul != "default":
+            ready = lower(declared, ready, given.runtime.matmul)
         own = given.shared is None
         cached = None if caches is None else (caches[b], index) if own else (caches[0], 0)
         key = None if given.key is None else jax.random.fold_in(given.key, index * len(cfg.pattern) + b)

@@ -20,9 +20,10 @@ from jaxllm.architectures import Spec, model_params
 from jaxllm.config import FFN, GLU, MLP, Block, MoE, Transformer
 from jaxllm.experiment import Experiment
 from jaxllm.flops import forward_flops_per_token, matmul_weights, train_flops_per_token
-from jaxllm.params import Param, count, paths
+from jaxllm.params import Param, count, leaves, paths
 from jaxllm.plan.saved import saved_bytes
 from jaxllm.sharding import Layout, shares, storage
+from jaxllm.train.optimizer import bytes_of_state
 
 
 @dataclass(frozen=True)
@@ -97,20 +98,21 @@ def parameters_by_part(spec: Spec) -> dict[str, int]:
 def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     """Bytes per chip by part while training, by formula (`jaxllm plan` asks the compiler instead).
 
-    parameters 4 P, optimiser 8 P, gradients 4 P bytes, P being the parameters a chip stores under the layout (gradients
-    whole below ZeRO stage 2); saved: what the backward pass keeps per layer under `runtime.remat`, times the tokens of
-    a micro-batch [B, T].
+    parameters 4 P, optimiser 8 P (less with `optimizer.masters`, `moments`), gradients 4 P bytes, P being what a chip
+    stores under the layout (gradients whole below ZeRO stage 2); saved: what the backward pass keeps per layer under
+    `runtime.remat`, times the tokens of a micro-batch [B, T].
     """
     layout = exp.runtime.layout or Layout()
     sizes = layout.sizes(devices)
     tree = model_params(exp.model)
-    stored = sum(math.prod(p.shape) // _ways(storage(p, layout, sizes), sizes) for _, p in paths(tree))
+    stored = [(p, math.prod(p.shape) // _ways(storage(p, layout, sizes), sizes)) for p in leaves(tree)]
+    held = [(n, *bytes_of_state(exp.optimizer, p)) for p, n in stored]
     tokens = exp.batch_size * exp.data.context // (shares(sizes) * sizes["sequence"] * exp.accumulate)
     kept = sum(n * saved_bytes(b, exp.model, exp.data.context, exp.runtime) for b, n in _blocks(exp.model))
-    gradients = count(tree) // sizes["tensor"] if layout.zero < 2 else stored
+    gradients = count(tree) // sizes["tensor"] if layout.zero < 2 else sum(n for _, n in stored)
     return {
-        "parameters": 4 * stored,
-        "optimiser": 8 * stored,
+        "parameters": round(sum(n * master for n, master, _ in held)),
+        "optimiser": round(sum(n * moments for n, _, moments in held)),
         "gradients": 4 * gradients,
         "saved": tokens * kept,
     }

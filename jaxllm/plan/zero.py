@@ -28,6 +28,7 @@ from jaxllm.params import Param
 from jaxllm.plan.info import declared, ffn_width
 from jaxllm.plan.saved import WIDTH, saved_bytes
 from jaxllm.sharding import Layout, partition, shares, storage
+from jaxllm.train.optimizer import bytes_of_state
 
 Size = Callable[[Param], int]
 
@@ -36,7 +37,7 @@ Size = Callable[[Param], int]
 class StepBytes:
     """Bytes per chip.  c: bytes of the compute dtype; t: tokens of a micro-batch on a chip.
 
-    state: 12 for each parameter a chip stores: fp32 master and two moments.
+    state: 12 for each parameter a chip stores: fp32 master and two moments; less with `optimizer.masters`, `moments`.
     batch: six arrays of 4-byte numbers, for all micro-batches.
     weights: c for each parameter that is multiplied, whole in stages 0-2, sharded in stage 3, where XLA casts the whole
         stack before the scan and gathers layer by layer (without recomputation it keeps what it gathered). The head is
@@ -85,7 +86,7 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
     gradient = _gradient(layout, head, c, stored, used)
     gathers = layout.zero == 3 and exp.runtime.remat != "none"  # else the gathered copy is kept for the backward pass
     return StepBytes(
-        state=12 * sum(map(stored, params.values())),
+        state=round(sum(sum(bytes_of_state(exp.optimizer, p)) * stored(p) for p in params.values())),
         batch=24 * t * exp.accumulate,
         weights=c * sum(stored(p) if gathers or (layout.zero and p is head) else used(p) for p in multiplied),
         accumulators=4 * sum(map(stored, params.values())) if exp.accumulate > 1 else 0,
