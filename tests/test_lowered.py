@@ -18,6 +18,8 @@ from jaxllm.transformer import forward, logits, place_params
 
 KINDS = {"int8": 0.015, "fp8": 0.1}
 """Relative error (norms) of a product: half a step of 127; half of the last of 3 bits of mantissa (2 in gradients)."""
+LOSSES = {"int8": 0.03, "fp8": 0.08}
+"""How far a toy's mean loss over 40 steps may be from that in float32."""
 
 
 def relative(got, want):
@@ -99,7 +101,7 @@ def test_a_toy_trains_to_nearly_the_same_loss(kind):
 
     plain, low = final(Runtime()), final(Runtime(matmul=kind, remat=("query", "gate")))
     assert plain[-1] < plain[0] - 1
-    assert np.mean(low) == pytest.approx(np.mean(plain), rel=0.03)
+    assert np.mean(low) == pytest.approx(np.mean(plain), rel=LOSSES[kind])
     assert low[0] != plain[0], "products are rounded"
 
 

@@ -108,7 +108,7 @@ def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     stored = [(p, math.prod(p.shape) // _ways(storage(p, layout, sizes), sizes)) for p in leaves(tree)]
     held = [(n, *bytes_of_state(exp.optimizer, p)) for p, n in stored]
     tokens = exp.batch_size * exp.data.context // (shares(sizes) * sizes["sequence"] * exp.accumulate)
-    kept = sum(n * saved_bytes(b, exp.model, exp.data.context, exp.runtime) for b, n in _blocks(exp.model))
+    kept = sum(n * saved_bytes(b, exp.model, exp.data.context, exp.runtime)[0] for b, n in _blocks(exp.model))
     gradients = count(tree) // sizes["tensor"] if layout.zero < 2 else sum(n for _, n in stored)
     return {
         "parameters": round(sum(n * master for n, master, _ in held)),

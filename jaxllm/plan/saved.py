@@ -6,6 +6,7 @@ an expert's weight) or is needed for the next branch. So "down" costs nothing in
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import NamedTuple, assert_never
 
 from jaxllm.cache import window
@@ -86,18 +87,24 @@ def _feed(ffn: FFN, dim: int) -> Products:
             assert_never(other)
 
 
-def saved_bytes(block: Block, spec: Transformer, context: int, runtime: Runtime) -> int:
-    """Bytes of HBM per token that a layer keeps for its backward pass. For "none", XLA's choice, as measured."""
+def saved_bytes(block: Block, spec: Transformer, context: int, runtime: Runtime) -> tuple[int, int]:
+    """Bytes per token that a layer keeps for its backward pass, in HBM and with the host.
+
+    For "none", XLA's choice, as measured.
+    """
     layout, c = runtime.layout or Layout(), WIDTH[runtime.compute_dtype]
     names, found = saved_names(runtime.remat), products(block, spec, context)
     if names is None:
-        return c * _unnamed(found, spec.dim, layout.tensor)
+        return c * _unnamed(found, spec.dim, layout.tensor), 0
     stream = layout.tensor if layout.split_stream else 1
     ways: dict[Name, int] = dict.fromkeys(("query", "key", "value", "attention", "gate", "up"), layout.tensor)
     ways |= {"stream": stream, "attention_out": stream, "down": stream}
-    lost = _lost(block, layout)
-    kept = {"stream", *names} - set(runtime.offload) - lost
-    return sum((c * p.numbers + 4 * p.floats) // ways.get(name, 1) for name, p in found.items() if name in kept)
+
+    def size(kept: Set[str]) -> int:
+        seen = kept - _lost(block, layout)
+        return sum((c * p.numbers + 4 * p.floats) // ways.get(name, 1) for name, p in found.items() if name in seen)
+
+    return size({"stream", *names} - {*runtime.offload}), size({*runtime.offload})
 
 
 def _lost(block: Block, layout: Layout) -> set[Name]:

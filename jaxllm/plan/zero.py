@@ -43,7 +43,8 @@ class StepBytes:
         stack before the scan and gathers layer by layer (without recomputation it keeps what it gathered). The head is
         sharded from stage 1 on, and gathered chunk by chunk. An embedding that is only looked up is not among them.
     accumulators: 4 for each parameter stored, if there is more than one micro-batch; they add up in fp32.
-    saved: what layers keep by name (`saved.py`): under full recomputation c t D each, their inputs.
+    saved: what layers keep by name (`saved.py`): under full recomputation c t D each, their inputs. Of names that are
+        offloaded what two layers keep: one is on its way to or from the host, one in use.
     layer: the gradients made so far (all but the embedding's, at worst), and what one layer's backward pass works with.
     loss: the head's gradient, and what one chunk of the vocabulary works with.
     """
@@ -127,9 +128,10 @@ def _blocks(exp: Experiment) -> list[Block]:
 
 
 def _saved(exp: Experiment) -> int:
-    """Bytes per token over all layers."""
+    """Bytes per token over all layers, and of what is offloaded those of two layers: one on its way, one in use."""
     places = [(block, stack.repeats) for stack in exp.model.stacks for block in stack.pattern]
-    return sum(n * saved_bytes(block, exp.model, exp.data.context, exp.runtime) for block, n in places)
+    sizes = [(n, *saved_bytes(block, exp.model, exp.data.context, exp.runtime)) for block, n in places]
+    return sum(n * here for n, here, _ in sizes) + 2 * max(there for _, _, there in sizes)
 
 
 def _layer(exp: Experiment, block: Block, t: int, c: int, sizes: Mapping[str, int]) -> int:

@@ -145,6 +145,18 @@ def test_codes_and_scales_lie_as_their_parameter(layout):
     assert len(codes) == 2 * 7, "q, k, v, o, gate, up, down"
 
 
+def test_eight_devices_train_as_one(tmp_path):
+    """Both options under ZeRO 3: the same losses. Which way a number is rounded does not depend on where it lies."""
+    few = replace(SLOW, masters="bfloat16", moments="int8")
+    losses = []
+    for name, runtime in (("one", Runtime()), ("eight", Runtime(layout=Layout(replicate_below=1)))):
+        exp = short(tmp_path / name, optimizer=few, runtime=runtime, steps=6, log_every=1)
+        train(exp, QUIET)
+        losses.append([r["train/loss"] for r in read_metrics(exp.run_dir) if "train/loss" in r])
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(*losses, rtol=2e-3)
+
+
 # --------------------------------------------------------------------------------------------------------- float16
 
 
