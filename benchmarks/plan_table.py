@@ -19,7 +19,8 @@ from jaxllm.models.presets import PRESETS
 from jaxllm.plan.estimate import to_json
 from jaxllm.plan.report import plan, print_plan, write_json
 from jaxllm.plan.topology import parse
-from jaxllm.runtime import Remat, Runtime
+from jaxllm.remat import Remat
+from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout
 
 
@@ -36,11 +37,13 @@ class Cell:
     bars: tuple[float, float, float]
 
 
+WIDE: Remat = ("attention", "attention_out", "gate", "up")
+
 CELLS = {
     "a": Cell("llama31_8b", "v5e:16x16", 8192, 1, "full", Layout(), (4.5, 3.1, 60.0)),
     "a'": Cell("llama31_8b", "v5e:16x16", 8192, 1, "attention", Layout(), (11.0, 3.0, 60.2)),
     "b": Cell("llama31_8b", "v5p:4x4x4", 8192, 2, "full", Layout(), (10.0, 2.5, 60.0)),
-    "b'": Cell("llama31_8b", "v5p:4x4x4", 8192, 2, "dots", Layout(), (50.0, 2.4, 59.3)),
+    "b'": Cell("llama31_8b", "v5p:4x4x4", 8192, 2, WIDE, Layout(), (50.0, 2.4, 59.3)),
     "b2": Cell("llama31_8b", "v5p:4x4x4", 8192, 2, "full", Layout(tensor=2, split_stream=True), (11.0, 2.8, 95.0)),
     "c": Cell("llama2_7b", "v5e:16x16", 4096, 2, "attention", Layout(), (10.0, 2.55, 53.4)),
     "d": Cell("mixtral_8x7b", "v5p:4x4x4", 4096, 2, "full", Layout(expert=8), (19.0, 1.0, 55.0)),

@@ -61,10 +61,35 @@ class Data:
 
 
 @dataclass(frozen=True)
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al. 2018, §3.2).
+
+    The loss is multiplied by a scale that starts at `start`, is halved by a step whose gradients overflow, which is
+    skipped, and doubled after `growth_every` good ones in a row. It stays within `floor` and 2**24; an overflow at the
+    floor is a bad step like any other that is not finite.
+    """
+
+    start: float = 2.0**15
+    growth_every: int = 2000
+    floor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor <= self.start <= 2.0**24:
+            raise ValueError(
+                f"optimizer.loss_scale: must be 0 < floor <= start <= 2**24, got floor={self.floor}, start={self.start}"
+            )
+        if self.growth_every < 1:
+            raise ValueError(f"optimizer.loss_scale.growth_every={self.growth_every} must be at least 1")
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW with decoupled decay (Loshchilov & Hutter 2019), linear warm-up, cosine to `end_fraction` of peak_lr.
 
     decay_steps: length of the schedule (None: the run's steps).  Decay applies to matrices, not to norms or biases.
+    masters: dtype in which matrices of layers are stored; "bfloat16" rounds every update stochastically.
+    moments: "int8" keeps theirs in 8 bits with a scale per block (Dettmers et al. 2022).
+    loss_scale: how the loss is scaled when `runtime.compute_dtype` is "float16"; without effect otherwise.
     """
 
     peak_lr: float = 3e-4
@@ -76,6 +101,9 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+    masters: Literal["float32", "bfloat16"] = "float32"
+    moments: Literal["float32", "int8"] = "float32"
+    loss_scale: LossScale = LossScale()
 
 
 @dataclass(frozen=True)
@@ -185,3 +213,9 @@ def check_resume(old: Experiment, new: Experiment) -> None:
                 f"resume: {f.name} was {before!r} when {old.run_dir} began and is {now!r} now; "
                 "set it back, or choose another run_dir"
             )
+    half = [exp.runtime.compute_dtype == "float16" for exp in (old, new)]
+    if half[0] != half[1]:
+        raise ValueError(
+            f"resume: compute_dtype was {old.runtime.compute_dtype!r} and is {new.runtime.compute_dtype!r} now; "
+            "a run in float16 keeps the scale of its loss, so it cannot change from or to it: choose another run_dir"
+        )

@@ -20,6 +20,9 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxllm.lowered import Kind, axes_of, matmul
+from jaxllm.params import Normal, Param, ParamTree, map_params
+
 
 @struct.dataclass
 class Quantised:
@@ -62,6 +65,14 @@ class Matrix:
     shape: tuple[int, ...] = struct.field(pytree_node=False)
 
 
+@struct.dataclass
+class Lowered:
+    """An array ready to be multiplied in 8 bits, forward and backward (`jaxllm.lowered`); for training only."""
+
+    values: Float[Array, ...]
+    kind: Kind = struct.field(pytree_node=False)
+
+
 Weight = Array | Quantised | Adapted | Matrix
 
 
@@ -74,7 +85,20 @@ def matrix(w: Weight, split: int) -> Weight:
 
 def is_weight(x: object) -> bool:
     """True for a non-array weight: the `is_leaf` of maps over weights rather than over the arrays inside them."""
-    return isinstance(x, (Quantised, Adapted, Matrix))
+    return isinstance(x, (Quantised, Adapted, Matrix, Lowered))
+
+
+def lower(tree: ParamTree, params: Any, kind: Kind) -> Any:
+    """Weights of a block with those that take most of the arithmetic lowered: kernels that are plain arrays.
+
+    Not routers, gates of a single number, and experts, whose products are grouped; a block has no embedding or head.
+    """
+
+    def one(p: Param, w: Weight) -> Weight | Lowered:
+        kernel = isinstance(p.init, Normal) and len(p.shape) > 1 and not p.exact
+        return Lowered(w, kind) if kernel and isinstance(w, jax.Array) and not {"experts", "gate"} & {*p.axes} else w
+
+    return map_params(one, tree, params)
 
 
 def quantise(w: Float[Array, ...], axes: tuple[int, ...]) -> Quantised:
@@ -84,7 +108,7 @@ def quantise(w: Float[Array, ...], axes: tuple[int, ...]) -> Quantised:
     return Quantised(jnp.clip(jnp.round(w / scale), -127, 127).astype(jnp.int8), scale)
 
 
-def dense(w: Weight, dtype: DTypeLike) -> Array:
+def dense(w: Weight | Lowered, dtype: DTypeLike) -> Array:
     """The weight as one array of `dtype`. For export and for blocks that do not follow the contraction."""
     match w:
         case Quantised(values, scale):
@@ -99,11 +123,13 @@ def dense(w: Weight, dtype: DTypeLike) -> Array:
             return (dense(base, jnp.float32) + delta).astype(dtype)
         case Matrix(values, shape):
             return values.reshape(shape).astype(dtype)
+        case Lowered(values):
+            return values.astype(dtype)
         case _:
             return w.astype(dtype)
 
 
-def project(x: Float[Array, ...], w: Weight, equation: str, bias: Array | None = None) -> Float[Array, ...]:
+def project(x: Float[Array, ...], w: Weight | Lowered, equation: str, bias: Array | None = None) -> Float[Array, ...]:
     """einsum(equation, x, w) + bias in x's dtype (accumulated in float32 by the matrix unit).
 
     `equation` is "x axes,w axes->out axes" with single letters of the dimension key; the axes that x and w share and
@@ -118,10 +144,10 @@ def leading(x: Array, ndim: int) -> Array:
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
-def _project(x: Array, w: Weight, equation: str) -> Array:
+def _project(x: Array, w: Weight | Lowered, equation: str) -> Array:
     match w:
         case Quantised(values, scale):
-            x_axes, w_axes, out_axes = _axes(equation)
+            x_axes, w_axes, out_axes = axes_of(equation)
             if any(scale.shape[w_axes.index(c)] != 1 for c in w_axes if c not in out_axes):
                 return jnp.einsum(equation, x, dense(w, x.dtype))
             kept = "".join(c for c in w_axes if c in out_axes)
@@ -130,7 +156,7 @@ def _project(x: Array, w: Weight, equation: str) -> Array:
             y = jnp.einsum(equation, x, values.astype(x.dtype))
             return (y.astype(jnp.float32) * out_scale).astype(x.dtype)
         case Adapted(base, a, b, scaling):
-            x_axes, w_axes, out_axes = _axes(equation)
+            x_axes, w_axes, out_axes = axes_of(equation)
             first, second = w_axes[: a.ndim - 1], w_axes[a.ndim - 1 :]
             into, out_of = (f"{first}r", a), (f"r{second}", b)
             if not any(c in x_axes and c not in out_axes for c in first):  # a head [V, D] contracts its trailing axes
@@ -141,13 +167,15 @@ def _project(x: Array, w: Weight, equation: str) -> Array:
             return _project(x, base, equation) + delta * scaling.astype(x.dtype)
         case Matrix():
             return _matmul(x, w, equation)
+        case Lowered(values, kind):
+            return matmul(equation, kind, x, values.astype(x.dtype))
         case _:
             return jnp.einsum(equation, x, w.astype(x.dtype))
 
 
 def _matmul(x: Array, w: Matrix, equation: str) -> Array:
     """project for a Matrix; the contracted axes are last in x, and the first or the last of the weight."""
-    _, w_axes, out_axes = _axes(equation)
+    _, w_axes, out_axes = axes_of(equation)
     side = 1 if w_axes[0] in out_axes else 0
     kept = [n for n, c in zip(w.shape, w_axes, strict=True) if c in out_axes]
     rows = x.reshape(-1, w.values.shape[side])
@@ -157,12 +185,6 @@ def _matmul(x: Array, w: Matrix, equation: str) -> Array:
     y = jax.lax.dot_general(rows, w.values.astype(x.dtype), dims, preferred_element_type=jnp.float32).astype(x.dtype)
     y = y[:1] if single else y
     return y.reshape(*x.shape[: len(out_axes) - len(kept)], *kept)
-
-
-def _axes(equation: str) -> tuple[str, str, str]:
-    operands, out = equation.split("->")
-    x, w = operands.split(",")
-    return x, w, out
 
 
 def lookup(table_VD: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:

@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class Param:
 
     Logical axes ("embed", "heads", "ffn", "vocab", "layers" ...) are mapped to mesh axes by a rule table
     (`jaxllm.sharding`).  outputs: how many trailing axes a projection gives; the others (but "layers" and "experts")
-    are contracted.  exact: used in float32 whatever the compute dtype (routers).
+    are contracted.  exact: used in float32 whatever the compute dtype (routers).  stored: dtype of the master.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +49,7 @@ class Param:
     init: Init
     outputs: int = 1
     exact: bool = False
+    stored: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -99,16 +100,20 @@ def abstract(tree: ParamTree, dtype: DTypeLike = jnp.float32) -> Any:
     return map_params(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), tree)
 
 
-def init(tree: ParamTree, key: Array, dtype: DTypeLike = jnp.float32) -> Any:
-    """Arrays for every parameter, each drawn from `key` and its own path: neighbours and layout do not matter."""
+def init(tree: ParamTree, key: Array, dtype: DTypeLike | None = None) -> Any:
+    """Arrays for every parameter, each drawn from `key` and its own path: neighbours and layout do not matter.
+
+    dtype: None for that of each parameter's master.
+    """
 
     def one(path: tuple[Any, ...], p: Param) -> Array:
+        dtype_ = p.stored if dtype is None else dtype
         match p.init:
             case Normal(std):
                 own = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()) & 0x7FFFFFFF)
-                return (jax.random.truncated_normal(own, -2.0, 2.0, p.shape, jnp.float32) * std).astype(dtype)
+                return (jax.random.truncated_normal(own, -2.0, 2.0, p.shape, jnp.float32) * std).astype(dtype_)
             case Constant(value):
-                return jnp.full(p.shape, value, dtype)
+                return jnp.full(p.shape, value, dtype_)
             case other:
                 assert_never(other)
 

@@ -133,7 +133,7 @@ class Batch:
 class TrainState:
     """Everything a checkpoint holds.
 
-    step: int32 [] optimiser steps taken.  params: fp32 masters.  opt_state: the optimiser's.
+    step: int32 [] optimiser steps taken.  params: masters, as they are stored.  opt_state: the optimiser's.
     extra: state that gradients do not train (skip counters, loss scale, EMA ...), advanced by a pure update.
     """
 

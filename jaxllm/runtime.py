@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxllm.lowered import Kind
+from jaxllm.remat import Name, Remat, require_valid
 from jaxllm.sharding import Layout
 
 Backend = Literal["auto", "reference", "chunked", "tpu", "gpu"]
-Remat = Literal["none", "full", "dots", "attention"]
 
 
 @dataclass(frozen=True)
@@ -18,20 +19,29 @@ class Runtime:
     compute_dtype: dtype of activations and of weights as they are multiplied ("bfloat16" on accelerators); softmax,
         norms, router and loss statistics are float32 whatever it is.
     attention: kernel of `jaxllm.kernels`; "auto" takes the Pallas kernel of the platform, or "chunked" on CPU.
-    remat: what the backward pass recomputes. "none": nothing; "full": all but each block's input; "attention": as
-        full, with each attention's output kept; "dots": all but matmul results.
+    remat: what of a block is saved for its backward pass, which computes the rest again: names of `jaxllm.remat`, or
+        "none": nothing is computed again; "full": only each block's input is saved; "attention": the results of
+        attentions too; "dots": those of products.
+    offload: which of these lie in the host's memory in the meantime; "stream" is each block's input.
     unroll: a Python loop over layers instead of `lax.scan`: slower to compile, sometimes faster to run.
     layout: None on one device.
     taps: names of intermediates that `forward` returns in `aux.taps`: "residual" (each block's input), "attn", "ffn".
     vocab_chunk: columns of logits that the loss holds at a time.
+    matmul: "int8" and "fp8" multiply the kernels of layers in 8 bits while training, in both passes (`jaxllm.lowered`);
+        experts, routers, embedding and head are left out.
     experts: how dropless mixtures are computed: "grouped" sorts tokens by expert, "dense" lets every expert see all.
     """
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Backend = "auto"
     remat: Remat = "none"
+    offload: tuple[Name, ...] = ()
     unroll: bool = False
     layout: Layout | None = None
     taps: tuple[str, ...] = ()
     vocab_chunk: int = 16_384
     experts: Literal["grouped", "dense"] = "grouped"
+    matmul: Literal["default"] | Kind = "default"
+
+    def __post_init__(self) -> None:
+        require_valid(self.remat, self.offload)

@@ -124,19 +124,19 @@ def _parse(text: str, hint: Any, path: str) -> Any:
         if type(None) in args and text.lower() in ("none", "null"):
             return None
         errors = []
-        for arg in args:
+        for arg in (arg for arg in args if arg is not type(None)):
             try:
                 return _parse(text, arg, path)
             except ValueError as error:
                 errors.append(str(error))
-        raise ValueError(errors[0])
+        raise ValueError("; or ".join(errors))
     if origin is typing.Literal:
         for choice in args:
             if str(choice) == text:
                 return choice
         raise ValueError(f"override {path}={text}: must be one of {', '.join(map(str, args))}")
     if origin is tuple:
-        return tuple(_parse(part, args[0], path) for part in text.split(",") if part)
+        return tuple(_parse(part.strip(), args[0], path) for part in text.strip("[]").split(",") if part)
     return _scalar(text, hint, path)
 
 

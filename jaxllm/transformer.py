@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any, assert_never
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxllm.cache import Caches, Rows
 from jaxllm.config import GQA, Block, Stack, Transformer
+from jaxllm.leaves import lower
 from jaxllm.nn.attention import Cached, Given, attention, attention_params, cross_attention, cross_params, keys_values
 from jaxllm.nn.attention import memory_rows as layer_memory
 from jaxllm.nn.context import in_ring_order, in_row_order
@@ -28,6 +29,7 @@ from jaxllm.nn.norm import norm, norm_params
 from jaxllm.nn.position import relative_bias_params, tables
 from jaxllm.params import Normal, Param, ParamTree, layer, map_with_paths, stacked
 from jaxllm.records import Aux, Inputs, Memory, Output
+from jaxllm.remat import checkpointed, named
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import constrain, inside, use
 
@@ -157,7 +159,8 @@ def block(
     def drop(y: Array, place: int) -> Array:
         return dropout(y, cfg.dropout, None if given.key is None else jax.random.fold_in(given.key, place))
 
-    x, taps = x_BTD, {"residual": x_BTD}
+    x = named(x_BTD, "stream")
+    taps = {"residual": x}
     extra: dict[str, Any] = {}
     if cfg.place in ("parallel", "shared"):
         h = inside(norm(p["attn_norm"], cfg.norm, x), "heads", given.runtime.layout)
@@ -211,22 +214,6 @@ def _real(inputs: Inputs) -> Bool[Array, "B T"] | None:
     return None if inputs.segment_BT is None else inputs.segment_BT > 0
 
 
-def _remat(f: Any, runtime: Runtime, scanned: bool) -> Any:
-    save = jax.checkpoint_policies
-    wrap = partial(jax.checkpoint, prevent_cse=not scanned)
-    match runtime.remat:
-        case "none":
-            return f
-        case "full":
-            return wrap(f, policy=save.nothing_saveable)
-        case "attention":
-            return wrap(f, policy=save.save_only_these_names("attn_out"))
-        case "dots":
-            return wrap(f, policy=save.dots_with_no_batch_dims_saveable)
-        case other:
-            assert_never(other)
-
-
 def run_stack(
     params: Any, cfg: Stack, x_BTD: Float[Array, "B T D"], given: Given, caches: Any = None, memory: Any = None
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
@@ -243,6 +230,8 @@ def run_stack(
     def one(b: int, p: Any, x: Array, index: Any, held: Any) -> Any:
         declared = place_params(cfg, b, x.shape[-1])
         ready = use(declared, p, given.runtime.layout, given.runtime.compute_dtype)
+        if given.runtime.matmul != "default":
+            ready = lower(declared, ready, given.runtime.matmul)
         own = given.shared is None
         cached = None if caches is None else (caches[b], index) if own else (caches[0], 0)
         key = None if given.key is None else jax.random.fold_in(given.key, index * len(cfg.pattern) + b)
@@ -253,7 +242,8 @@ def run_stack(
         ps, index, held = layers
         out = []
         for b in places:
-            x, got = _remat(partial(one, b), given.runtime, not loop)(ps[b], x, index, held[b])
+            run = checkpointed(partial(one, b), given.runtime.remat, given.runtime.offload, prevent_cse=loop)
+            x, got = run(ps[b], x, index, held[b])
             out.append(got)
         return x, out
 

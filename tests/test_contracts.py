@@ -179,9 +179,10 @@ def test_how_never_changes_what(name, getkey):
     want = value_and_grad(params, ids, name, PLAIN)
     close(run(unstack(params), inputs(ids), name), run(params, inputs(ids), name))
     for other in [
-        Runtime(remat="full"),
+        Runtime(remat="full", offload=("stream",)),
         Runtime(remat="attention", unroll=True),
         Runtime(remat="dots", attention="reference"),
+        Runtime(remat=("query", "latent", "attention_out", "gate"), offload=("up",)),
     ]:
         same(want, value_and_grad(params, ids, name, other))
 

@@ -9,7 +9,7 @@ import jaxllm
 
 ROOT = Path(jaxllm.__file__).parent
 ROOMS = [
-    "config", "serial", "host", "params", "leaves", "sharding", "runtime", "records", "cache", "kernels", "nn",
+    "config", "serial", "host", "params", "lowered", "leaves", "sharding", "remat", "runtime", "records", "cache", "kernels", "nn",
     "rules", "transformer", "encoder_decoder", "vision", "two_tower", "vision_language", "flax_model",
     "architectures", "apply", "flops", "show_mask", "models", "experiment", "data", "convert", "objectives", "decode",
     "train", "model", "conversion", "plan", "doctor", "cli",

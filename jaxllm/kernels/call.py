@@ -13,6 +13,7 @@ from jaxllm import config
 from jaxllm.kernels.reference import MASKED, Names, precision
 from jaxllm.kernels.schedule import Arrays, Schedule, Shape, choose
 from jaxllm.records import Mask
+from jaxllm.remat import named_attention
 
 LANES = 128  # queries lie along them
 LOG2_E = math.log2(math.e)
@@ -123,6 +124,16 @@ def padded(x_BNTH: Float[Array, "B N T H"], block: int) -> Float[Array, "BN t H"
     """The length padded to whole blocks, batch and heads in one."""
     B, N, T, H = x_BNTH.shape
     return jnp.pad(x_BNTH, ((0, 0), (0, 0), (0, -T % block), (0, 0))).reshape(B * N, -1, H)
+
+
+def saveable(call: Call, o: Float[Array, "BN t h"], lse: Float[Array, "BN t"]) -> tuple[Array, Array]:
+    """Both as they are, named for policies. Heads narrower than the 128 lanes of a TPU are saved side by side."""
+    (heads, t, h), lanes = o.shape, 128
+    if h % lanes == 0:
+        return named_attention(o, lse)
+    wide = o.reshape(-1, call.N, t, h).swapaxes(1, 2).reshape(-1, t, call.N * h)
+    wide, lse = named_attention(wide, lse)
+    return wide.reshape(-1, t, call.N, h).swapaxes(1, 2).reshape(heads, t, h), lse
 
 
 def unpadded(x: Float[Array, "BN t H"], heads: int, length: int) -> Float[Array, "B N T H"]:

@@ -26,6 +26,7 @@ from jaxllm.kernels.modifiers import NONE, Modifiers, bias, bucket
 from jaxllm.kernels.pattern import Blocks, Kind, kinds
 from jaxllm.kernels.reference import MASKED, NOWHERE, Names, names, precision, visible
 from jaxllm.records import Mask
+from jaxllm.remat import named_attention
 
 BLOCK = 512  # queries and keys per block: scores of one head are 1 MiB, which a CPU's cache holds
 
@@ -248,7 +249,7 @@ def _forward(call: Call, shares: Shares, fixed: Fixed, learned: Learned) -> tupl
     if sinks is not None:  # one more key of score `sinks` and value 0
         with_sinks = jnp.logaddexp(lse, sinks)
         o, lse = o * jnp.exp(lse - with_sinks)[..., None], with_sinks
-    o = o.astype(shares.q.dtype)
+    o, lse = named_attention(o.astype(shares.q.dtype), lse)
     return o, (shares, fixed, learned, o, lse)
 
 

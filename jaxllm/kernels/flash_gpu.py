@@ -41,6 +41,7 @@ from jaxllm.kernels.pattern import allowed
 from jaxllm.kernels.reference import MASKED
 from jaxllm.kernels.schedule import PLAIN, SKIP, schedule
 from jaxllm.records import Mask
+from jaxllm.remat import named_attention
 
 
 class Blocks(NamedTuple):
@@ -325,6 +326,7 @@ def _forward(call: Call, cut: Cut, x: Operands, prefix: Array | None) -> tuple[A
     o, lse = _launch(
         call, cut.forward, _forward_kernel, grid, in_specs=specs, out_specs=[q, statistic], out_shape=shapes
     )(*arrays)
+    o, lse = named_attention(o, lse)
     return o, (x, prefix, o, lse)
 
 

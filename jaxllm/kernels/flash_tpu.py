@@ -41,6 +41,7 @@ from jaxllm.kernels.call import (
     part_call,
     part_rows,
     result,
+    saveable,
     scores,
     unpadded,
 )
@@ -298,7 +299,8 @@ def _forward(
         with_sinks = jnp.logaddexp2(lse, _per_row(call, sinks, lse))
         o = (o * jnp.exp2(lse - with_sinks).swapaxes(1, 2)).astype(o.dtype)
         lse = with_sinks
-    return o, (x, fixed, sinks, o, lse)
+    o, lse = saveable(call, o, lse[:, 0])
+    return o, (x, fixed, sinks, o, lse[:, None])
 
 
 def _per_row(call: Call, sinks: Float[Array, " N"], lse: Float[Array, "BN 1 T"]) -> Float[Array, "BN 1 1"]:

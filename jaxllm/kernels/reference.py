@@ -17,6 +17,7 @@ from jaxllm import config
 from jaxllm.kernels.modifiers import NONE, Modifiers, bias
 from jaxllm.kernels.pattern import allowed
 from jaxllm.records import Mask
+from jaxllm.remat import named
 
 MASKED = -1e30  # the score of a pair that may not meet
 NOWHERE = 2**30  # the slot of a key that pads a block: no query sees it
@@ -97,4 +98,4 @@ def reference(
         precision=exact,
         preferred_element_type=jnp.float32,
     )
-    return jax.lax.convert_element_type(o_BTKGH.reshape(B, T, N, -1), q_BTNH.dtype)
+    return named(jax.lax.convert_element_type(o_BTKGH.reshape(B, T, N, -1), q_BTNH.dtype), "attention")

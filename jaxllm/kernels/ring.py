@@ -28,6 +28,7 @@ from jaxllm.kernels.call import Part
 from jaxllm.kernels.pattern import Kind, block_kind, by_distance
 from jaxllm.kernels.reference import MASKED
 from jaxllm.records import Mask
+from jaxllm.remat import named_attention
 
 
 class Ring(NamedTuple):
@@ -202,7 +203,7 @@ def _forward(ring: Ring, x: Halves) -> tuple[Array, tuple[Halves, Array, Array]]
     out = jnp.zeros((*rows, x.v.shape[-1]), jnp.float32), jnp.full(rows, MASKED, jnp.float32)
     (keys, out), _ = lax.scan(turn, ((x.k, x.v, x.k_segment), out), jnp.arange(ring.size - 1))
     o, lse = visit(ring.size - 1, keys, out)
-    o = o.astype(x.q.dtype)
+    o, lse = named_attention(o.astype(x.q.dtype), lse)
     return o, (x, o, lse)
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, assert_never
 
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxllm.config import GQA, MLA, Alibi, Attention, Causal, Cross, Longformer, Pattern, RelativeBias, Rope
@@ -19,6 +18,7 @@ from jaxllm.nn.norm import norm, norm_params, qk_norm, qk_norm_params
 from jaxllm.nn.position import alibi_slopes, rotate
 from jaxllm.params import Normal, Param, ParamTree
 from jaxllm.records import Inputs, Mask, Memory
+from jaxllm.remat import named
 
 
 def attention_params(cfg: Attention, dim: int, gain: float = 1.0) -> ParamTree:
@@ -104,7 +104,7 @@ def _pattern(cfg: GQA | MLA, given: Given) -> Pattern:
 def _gqa(
     p: Any, cfg: GQA, x_BTD: Float[Array, "B T D"], given: Given, cached: Cached | None
 ) -> tuple[Float[Array, "B T D"], NewRows]:
-    q = linear(p["q"], x_BTD, "BTD,DNH->BTNH")
+    q = named(linear(p["q"], x_BTD, "BTD,DNH->BTNH"), "query")
     q = q if cfg.qk_norm is None else qk_norm(p["q_norm"], cfg.qk_norm, q)
     q = _rotated(cfg, _clip(cfg, q), given)
     k, v = keys_values(p, cfg, x_BTD, given) if given.shared is None else given.shared
@@ -112,16 +112,15 @@ def _gqa(
     if cfg.windowed:
         given = given._replace(inputs=replace(given.inputs, segment_BT=given.inputs.window_BT))
     o = self_attend(q, k, v, scoring, given, cached)
-    o = checkpoint_name(o, "attn_out")
-    return linear(p["o"], o, "BTNH,NHD->BTD"), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    return named(linear(p["o"], o, "BTNH,NHD->BTD"), "attention_out"), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
 def keys_values(
     p: Any, cfg: GQA, x_BTD: Float[Array, "B T D"], given: Given
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Keys, normalised and rotated, and values of one layer, or of a stack whose layers share them."""
-    k = linear(p["k"], x_BTD, "BTD,DKH->BTKH")
-    v = linear(p["v"], x_BTD, "BTD,DKH->BTKH")
+    k = named(linear(p["k"], x_BTD, "BTD,DKH->BTKH"), "key")
+    v = named(linear(p["v"], x_BTD, "BTD,DKH->BTKH"), "value")
     k = k if cfg.qk_norm is None else qk_norm(p["k_norm"], cfg.qk_norm, k)
     return _rotated(cfg, _clip(cfg, k), given), _clip(cfg, v)
 
@@ -172,27 +171,28 @@ def _mla(
     if cfg.q_rank is None:
         q = linear(p["q"], x_BTD, "BTD,DNH->BTNH")
     else:
-        low = norm(p["q_norm"], cfg.norm, linear(p["q_down"], x_BTD, "BTD,DR->BTR"))
+        low = norm(p["q_norm"], cfg.norm, named(linear(p["q_down"], x_BTD, "BTD,DR->BTR"), "latent"))
         q = linear(p["q_up"], low, "BTR,RNH->BTNH")
+    q = named(q, "query")
     table = given.tables.rotations[cfg.position, cfg.rope_dim]
     q_nope, q_rope = q[..., : cfg.nope_dim], rotate(cfg.position, table, q[..., cfg.nope_dim :])
-    latent = norm(p["kv_norm"], cfg.norm, linear(p["kv_down"], x_BTD, "BTD,DR->BTR"))
-    k_rope = rotate(cfg.position, table, linear(p["k_rope"], x_BTD, "BTD,DH->BTH")[:, :, None])
+    latent = norm(p["kv_norm"], cfg.norm, named(linear(p["kv_down"], x_BTD, "BTD,DR->BTR"), "latent"))
+    k_rope = named(linear(p["k_rope"], x_BTD, "BTD,DH->BTH"), "latent")
+    k_rope = rotate(cfg.position, table, k_rope[:, :, None])
     one_key = jnp.concatenate([latent[:, :, None], k_rope], -1)  # all that is cached
     scoring = Scoring(_pattern(cfg, given), scale_of(cfg))
     if cached is None:
-        k_nope = linear(p["k_up"], latent, "BTR,RNH->BTNH")
+        k_nope = named(linear(p["k_up"], latent, "BTR,RNH->BTNH"), "key")
         k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, (*k_nope.shape[:3], cfg.rope_dim))], -1)
-        v = linear(p["v_up"], latent, "BTR,RNH->BTNH")
+        v = named(linear(p["v_up"], latent, "BTR,RNH->BTNH"), "value")
         o = self_attend(jnp.concatenate([q_nope, q_rope], -1), k, v, scoring, given, None)
     else:
         k_up, v_up = (dense(p[name]["kernel"], x_BTD.dtype) for name in ("k_up", "v_up"))
         q = jnp.concatenate([jnp.einsum("BTNH,RNH->BTNR", q_nope, k_up), q_rope], -1)
         o = self_attend(q, one_key, latent[:, :, None], scoring, given, cached)
         o = jnp.einsum("BTNR,RNH->BTNH", o, v_up)
-    o = checkpoint_name(o, "attn_out")
     rows = one_key.swapaxes(1, 2)
-    return linear(p["o"], o, "BTNH,NHD->BTD"), (rows, rows[..., :0])
+    return named(linear(p["o"], o, "BTNH,NHD->BTD"), "attention_out"), (rows, rows[..., :0])
 
 
 # ---------------------------------------------------------------------------------------------------------- memories
@@ -205,8 +205,9 @@ def cross_params(cfg: Cross, dim: int, gain: float = 1.0) -> ParamTree:
 
 def memory_rows(p: Any, cfg: Cross, memory: Memory) -> NewRows:
     """Keys and values of a memory for one layer, [B, K, S, H]: filled once, read at every step."""
-    k = linear(p["k"], memory.hidden_BSM if memory.key_BSM is None else memory.key_BSM, "BSM,MKH->BSKH")
-    v = linear(p["v"], memory.hidden_BSM, "BSM,MKH->BSKH")
+    source = memory.hidden_BSM if memory.key_BSM is None else memory.key_BSM
+    k = named(linear(p["k"], source, "BSM,MKH->BSKH"), "key")
+    v = named(linear(p["v"], memory.hidden_BSM, "BSM,MKH->BSKH"), "value")
     if cfg.attn.qk_norm is not None:
         k = qk_norm(p["k_norm"], cfg.attn.qk_norm, k)
     return k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -221,12 +222,12 @@ def cross_attention(
         raise ValueError("cross-attention: inputs.memory is None; give the encoder's output as a Memory")
     attn = cfg.attn
     k, v = memory_rows(p, cfg, memory) if rows is None else rows
-    q = linear(p["q"], x_BTD, "BTD,DNH->BTNH")
+    q = named(linear(p["q"], x_BTD, "BTD,DNH->BTNH"), "query")
     q = q if attn.qk_norm is None else qk_norm(p["q_norm"], attn.qk_norm, q)
     mask = _memory_mask(given.inputs, memory)
     scoring = Scoring(attn.pattern, scale_of(attn), attn.softcap)
     o = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), scoring, mask, given.runtime)
-    return linear(p["o"], o, "BTNH,NHD->BTD")
+    return named(linear(p["o"], o, "BTNH,NHD->BTD"), "attention_out")
 
 
 def _memory_mask(inputs: Inputs, memory: Memory) -> Mask:

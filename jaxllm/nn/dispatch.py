@@ -24,6 +24,7 @@ from jaxllm.kernels.grouped import grouped_matmul
 from jaxllm.leaves import dense
 from jaxllm.nn.ffn import activate
 from jaxllm.params import ParamTree, map_params
+from jaxllm.remat import Name, named
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import axes_in, copies, mesh_sizes, partition
 
@@ -107,9 +108,9 @@ def _experts(
 ) -> Float[Array, "M D"]:
     """Every row through its expert. Rows lie expert by expert; those past the last group give whatever they give."""
 
-    def per_expert(name: str, x: Array) -> Array:
+    def per_expert(name: Name, x: Array) -> Array:
         y = grouped_matmul(x, p[name]["kernel"], size_E)
-        return y + p[name]["bias"][expert_M] if "bias" in p[name] else y
+        return named(y + p[name]["bias"][expert_M] if "bias" in p[name] else y, name)
 
     gate = per_expert("gate", x_MD) if isinstance(cfg.expert, GLU) else None
     return per_expert("down", activate(cfg.expert, per_expert("up", x_MD), gate))

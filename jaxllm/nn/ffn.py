@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxllm.config import GLU, MLP, Activation
 from jaxllm.leaves import project
 from jaxllm.params import Constant, Normal, Param, ParamTree
+from jaxllm.remat import named
 from jaxllm.sharding import Layout, inside
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
@@ -76,7 +77,7 @@ def dense_ffn(
     p: Any, cfg: MLP | GLU, x_BTD: Float[Array, "B T D"], layout: Layout | None = None
 ) -> Float[Array, "B T D"]:
     """MLP: down(act(up(x))). GLU: down(act(gate(x)) * up(x)) (Shazeer 2020, eq. 6)."""
-    up_BTF = linear(p["up"], x_BTD, "BTD,DF->BTF")
-    gate_BTF = linear(p["gate"], x_BTD, "BTD,DF->BTF") if isinstance(cfg, GLU) else None
+    up_BTF = named(linear(p["up"], x_BTD, "BTD,DF->BTF"), "up")
+    gate_BTF = named(linear(p["gate"], x_BTD, "BTD,DF->BTF"), "gate") if isinstance(cfg, GLU) else None
     hidden_BTF = inside(activate(cfg, up_BTF, gate_BTF), "ffn", layout, last="ffn")
-    return linear(p["down"], hidden_BTF, "BTF,FD->BTD")
+    return named(linear(p["down"], hidden_BTF, "BTF,FD->BTD"), "down")

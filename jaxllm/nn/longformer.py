@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxllm.config import Columns, Full, Local, Longformer
@@ -14,6 +13,9 @@ from jaxllm.nn.attend import Given, NewRows, Scoring, attend
 from jaxllm.nn.ffn import linear, linear_params
 from jaxllm.params import ParamTree
 from jaxllm.records import Mask
+from jaxllm.remat import Name, named
+
+_NAMES: dict[str, Name] = {"q": "query", "k": "key", "v": "value"}
 
 
 def longformer_params(cfg: Longformer, dim: int, gain: float = 1.0) -> ParamTree:
@@ -32,7 +34,7 @@ def longformer(
         raise ValueError("Longformer: is for encoders and whole rows; set causal=False and leave inputs.slot_BT out")
 
     def heads(name: str, x: Array) -> Float[Array, "B T N H"]:
-        return linear(p[name], x, "BTD,DNH->BTNH")
+        return named(linear(p[name], x, "BTD,DNH->BTNH"), _NAMES[name[0]])
 
     scale, window = cfg.head_dim**-0.5, Local(cfg.reach + 1)
     q, k, v = (heads(name, x_BTD) for name in ("q", "k", "v"))
@@ -55,4 +57,4 @@ def longformer(
         args = (heads("q_global", x_BGD), heads("k_global", x_BTD), heads("v_global", x_BTD))
         seen = attend(*args, Scoring(Full(), scale), everything, given.runtime)
         o = o.at[jnp.arange(B)[:, None], slots].set(seen, mode="drop")
-    return linear(p["o"], checkpoint_name(o, "attn_out"), "BTNH,NHD->BTD"), rows
+    return named(linear(p["o"], o, "BTNH,NHD->BTD"), "attention_out"), rows

@@ -23,6 +23,7 @@ from jaxllm.leaves import dense, project
 from jaxllm.nn.dispatch import grouped
 from jaxllm.nn.ffn import activate, dense_ffn, dense_params, linear, linear_params
 from jaxllm.params import Constant, Normal, Param, ParamTree, map_params
+from jaxllm.remat import Name, named
 from jaxllm.runtime import Runtime
 
 Statistics = dict[str, Array]
@@ -88,7 +89,7 @@ class Routing(NamedTuple):
 def route(p: Any, cfg: Router, x_BTD: Float[Array, "B T D"]) -> Routing:
     """Scores of all experts, the choice, and the weights of the chosen (DeepSeek-AI 2024b, eq. 12-16)."""
     kernel = dense(p["kernel"], jnp.float32)
-    logits = project(x_BTD.astype(jnp.float32), kernel, "BTD,DE->BTE", p.get("bias"))
+    logits = named(project(x_BTD.astype(jnp.float32), kernel, "BTD,DE->BTE", p.get("bias")), "router")
     match cfg.score:
         case "softmax":
             score = jax.nn.softmax(logits, -1)
@@ -162,9 +163,9 @@ def _dense(p: Any, cfg: MoE, x_BTD: Float[Array, "B T D"], r: Routing) -> Float[
     chosen = r.expert_BTk[..., None] == jnp.arange(cfg.experts)[None, None, None]
     weight_BTE = jnp.where(chosen, r.weight_BTk[..., None], 0.0).sum(2)
 
-    def per_expert(name: str, x: Array, equation: str) -> Array:
+    def per_expert(name: Name, x: Array, equation: str) -> Array:
         y = project(x, p[name]["kernel"], equation)
-        return y + p[name]["bias"].astype(y.dtype)[None, None] if "bias" in p[name] else y
+        return named(y + p[name]["bias"].astype(y.dtype)[None, None] if "bias" in p[name] else y, name)
 
     up = per_expert("up", x_BTD, "BTD,EDF->BTEF")
     gate = per_expert("gate", x_BTD, "BTD,EDF->BTEF") if isinstance(cfg.expert, GLU) else None
@@ -194,9 +195,9 @@ def _buffers(
     x_choices = jnp.repeat(x_BTD, k, axis=1)
     x_BECD = jnp.zeros((B, E, C, D), x_BTD.dtype).at[row, expert, place].set(x_choices, mode="drop")
 
-    def per_expert(name: str, x: Array, equation: str) -> Array:
+    def per_expert(name: Name, x: Array, equation: str) -> Array:
         y = project(x, p[name]["kernel"], equation)
-        return y + p[name]["bias"].astype(y.dtype)[None, :, None] if "bias" in p[name] else y
+        return named(y + p[name]["bias"].astype(y.dtype)[None, :, None] if "bias" in p[name] else y, name)
 
     up = per_expert("up", x_BECD, "BECD,EDF->BECF")
     gate = per_expert("gate", x_BECD, "BECD,EDF->BECF") if isinstance(cfg.expert, GLU) else None

@@ -27,7 +27,8 @@ from jaxllm.experiment import Experiment, saved
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.plan.topology import Slice, parse
 from jaxllm.sharding import Layout, make_mesh
-from jaxllm.train.optimizer import make_optimizer
+from jaxllm.train.optimizer import make_optimizer, master_params
+from jaxllm.train.scaling import scaling_of
 from jaxllm.train.step import abstract_batch, abstract_state, make_step
 from jaxllm.transformer import transformer_params
 
@@ -36,16 +37,16 @@ _FIGURES = ("argument_size", "output_size", "alias_size", "temp_size", "generate
 
 def trace(exp: Experiment, mesh: Mesh) -> Any:
     """The real train step of `exp`, traced for the mesh, under which it must be lowered."""
-    tree = transformer_params(exp.model)
+    tree, scaling = master_params(exp.optimizer, transformer_params(exp.model)), scaling_of(exp)
     optimizer = make_optimizer(exp.optimizer, tree)
     channels = max(len(exp.data.sources), 1)
 
     def loss(params: Any, batch: Any, key: Any) -> Any:
         return lm_loss(params, exp.model, batch, exp.runtime, key, channels=channels, balance=exp.balance)
 
-    state = abstract_state(tree, optimizer, exp.runtime, mesh)
+    state = abstract_state(tree, optimizer, exp.runtime, mesh, scaling)
     batch = abstract_batch(exp.batch_size, exp.data.context, exp.runtime, mesh)
-    step = make_step(loss, optimizer, tree, exp.runtime, accumulate=exp.accumulate, seed=exp.seed)
+    step = make_step(loss, optimizer, tree, exp.runtime, accumulate=exp.accumulate, seed=exp.seed, scaling=scaling)
     with jax.set_mesh(mesh):
         return step.trace(state, batch)  # type: ignore[attr-defined]
 

@@ -17,14 +17,13 @@ from jax.sharding import PartitionSpec
 
 from jaxllm import cache
 from jaxllm.architectures import Spec, model_params
-from jaxllm.cache import widths
 from jaxllm.config import FFN, GLU, MLP, Block, MoE, Transformer
 from jaxllm.experiment import Experiment
-from jaxllm.flops import forward_flops_per_token, matmul_weights, score_width, train_flops_per_token
-from jaxllm.params import Param, count, paths
+from jaxllm.flops import forward_flops_per_token, matmul_weights, train_flops_per_token
+from jaxllm.params import Param, count, leaves, paths
+from jaxllm.plan.saved import saved_bytes
 from jaxllm.sharding import Layout, shares, storage
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from jaxllm.train.optimizer import bytes_of_state
 
 
 @dataclass(frozen=True)
@@ -99,23 +98,23 @@ def parameters_by_part(spec: Spec) -> dict[str, int]:
 def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     """Bytes per chip by part while training, by formula (`jaxllm plan` asks the compiler instead).
 
-    parameters 4 P, optimiser 8 P, gradients 4 P bytes, P being the parameters a chip stores under the layout (gradients
-    whole below ZeRO stage 2); saved: what the backward pass keeps per layer under `runtime.remat`, times the tokens of
-    a micro-batch [B, T].
+    parameters 4 P, optimiser 8 P (less with `optimizer.masters`, `moments`), gradients 4 P bytes, P being what a chip
+    stores under the layout (gradients whole below ZeRO stage 2); saved: what the backward pass keeps per layer under
+    `runtime.remat`, times the tokens of a micro-batch [B, T].
     """
     layout = exp.runtime.layout or Layout()
     sizes = layout.sizes(devices)
     tree = model_params(exp.model)
-    stored = sum(math.prod(p.shape) // _ways(storage(p, layout, sizes), sizes) for _, p in paths(tree))
+    stored = [(p, math.prod(p.shape) // _ways(storage(p, layout, sizes), sizes)) for p in leaves(tree)]
+    held = [(n, *bytes_of_state(exp.optimizer, p)) for p, n in stored]
     tokens = exp.batch_size * exp.data.context // (shares(sizes) * sizes["sequence"] * exp.accumulate)
-    width = _BYTES[exp.runtime.compute_dtype]
-    kept = sum(n * saved_width(b, exp.model.dim, exp.runtime.remat, layout.tensor) for b, n in _blocks(exp.model))
-    gradients = count(tree) // sizes["tensor"] if layout.zero < 2 else stored
+    kept = sum(n * saved_bytes(b, exp.model, exp.data.context, exp.runtime)[0] for b, n in _blocks(exp.model))
+    gradients = count(tree) // sizes["tensor"] if layout.zero < 2 else sum(n for _, n in stored)
     return {
-        "parameters": 4 * stored,
-        "optimiser": 8 * stored,
+        "parameters": round(sum(n * master for n, master, _ in held)),
+        "optimiser": round(sum(n * moments for n, _, moments in held)),
         "gradients": 4 * gradients,
-        "saved": tokens * kept * width,
+        "saved": tokens * kept,
     }
 
 
@@ -131,15 +130,6 @@ def _blocks(spec: Transformer) -> list[tuple[Block, int]]:
         for block in stack.pattern:
             counts[block] += stack.repeats
     return list(counts.items())
-
-
-def saved_width(block: Block, dim: int, remat: str, tensor: int = 1) -> int:
-    """Numbers per token that a layer keeps for its backward pass. For "none", XLA's to choose, as it was measured."""
-    kv_heads, key, value = widths(block.attn)
-    heads = score_width(block.attn) // 2 // tensor
-    kv, up = kv_heads * (key + value) // tensor, ffn_width(block.ffn) // tensor
-    kept = {"full": dim, "attention": dim + heads, "dots": 3 * dim + heads + kv + up}
-    return kept.get(remat, 10 * dim + 6 * heads + 4 * kv + 5 * up // 2)
 
 
 def ffn_width(ffn: FFN) -> int:

@@ -2,14 +2,13 @@
 
     predicted memory  = `zero.step_bytes`                                       within 15 % of what was compiled
     predicted seconds = max(arithmetic / (0.8 peak), weights' wire / links) + activations' wire / links
-    arithmetic        = matrices (3 + r_m) + attention (3.5 + r_a) times their forward FLOPs
+    arithmetic        = 3 x matrices + 3.5 x attention, forward FLOPs, + head + what is made again (`saved.py`)
 
-r is what the backward pass recomputes: 1 of the matrices under "full" and "attention", 1 of attention but under "none"
-and "attention". A flash backward pass has 5 products for the forward's 2, so 2.5 of its FLOPs. 0.8 is what the compiler
-makes of the matrix unit in the steps of docs/benchmarks.md. Weights and gradients travel beside the arithmetic, the
-activations that other layouts exchange in turn with it. Wire bytes: ZeRO 3 moves every weight three times per
-micro-batch, ZeRO 1 twice per step; a tensor-parallel layer moves its residual stream twelve times (six all-reduces, two
-of them recomputed), a split sequence as much, a mixture every choice six.
+A flash backward pass has 5 products for the forward's 2, so 2.5 of its FLOPs. The loss makes its logits twice. 0.8 is
+what the compiler makes of the matrix unit in the steps of docs/benchmarks.md. Weights and gradients travel beside the
+arithmetic, the activations that other layouts exchange in turn with it. Wire bytes: ZeRO 3 moves every weight three
+times per micro-batch, ZeRO 1 twice per step; a tensor-parallel layer moves its residual stream twelve times (six
+all-reduces, two of them recomputed), a split sequence as much, a mixture every choice six.
 
 Candidates whose prediction exceeds the chip's memory by more than 15 % are dropped, the others compiled in order of
 predicted tokens/s, one at a time, each in a child process, until the budget is spent; what was compiled before by this
@@ -27,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from etils import epath
 
@@ -37,9 +36,9 @@ from jaxllm.data.files import write_atomic
 from jaxllm.experiment import Experiment
 from jaxllm.plan.compile import prepare, versions
 from jaxllm.plan.info import declared, info
+from jaxllm.plan.saved import ladder, recomputed_flops
 from jaxllm.plan.topology import Slice, names, parse
 from jaxllm.plan.zero import elements, step_bytes
-from jaxllm.runtime import Remat
 from jaxllm.sharding import DATA, Layout
 
 EFFICIENCY = 0.8
@@ -51,8 +50,6 @@ SLACK = 1.15
 
 _OF_WEIGHTS = {"replica", *DATA}
 """Axes over which weights and gradients travel."""
-
-_RECOMPUTED = {"full": (1, 1), "attention": (1, 0), "dots": (0, 1), "none": (0, 0)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,9 @@ class Candidate:
         layout = self.exp.runtime.layout or Layout()
         axes = {name: getattr(layout, name) for name in SPLITS}
         cut = " ".join(f"{name} {n}" for name, n in axes.items() if n > 1)
-        rest = f"ZeRO {layout.zero}, remat {self.exp.runtime.remat}, accumulate {self.exp.accumulate}"
+        remat = self.exp.runtime.remat
+        saved = f"remat {remat}" if isinstance(remat, str) else f"saving {'+'.join(remat)}"
+        rest = f"ZeRO {layout.zero}, {saved}, accumulate {self.exp.accumulate}"
         return f"{cut}, {rest}" if cut else rest
 
 
@@ -111,9 +110,10 @@ def _seconds(exp: Experiment, target: Slice) -> float:
     layout = exp.runtime.layout or Layout()
     sizes, cost = layout.sizes(target.devices), info(exp.model, exp.data.context)
     tokens = exp.batch_size * exp.data.context / target.devices
-    matrices, attention = _RECOMPUTED[exp.runtime.remat]
-    forward = cost.forward_flops
-    flops = tokens * (forward["matrices"] * (3 + matrices) + forward["attention"] * (3.5 + attention))
+    places = [(block, stack.repeats) for stack in exp.model.stacks for block in stack.pattern]
+    again = sum(n * recomputed_flops(block, exp.model, exp.data.context, exp.runtime) for block, n in places)
+    head = 2.0 * exp.model.dim * exp.model.vocab
+    flops = tokens * (3 * cost.forward_flops["matrices"] + 3.5 * cost.forward_flops["attention"] + head + again)
     stored, used = elements(layout, sizes)
     moved = 2 * sum(used(p) for p in declared(exp.model).values() if used(p) > stored(p))
     moves = 3 * exp.accumulate if layout.zero == 3 else 2
@@ -164,7 +164,7 @@ def _admitted(exp: Experiment, target: Slice) -> Iterator[Experiment]:
     axes = powers[:5], powers[:7] if mixture else [1], powers if exp.batch_size < target.devices else [1]
     for tensor, expert, sequence in itertools.product(*axes):
         ways = target.devices // (tensor * sequence)
-        for zero, remat in itertools.product((3, 1), get_args(Remat)):
+        for zero, remat in itertools.product((3, 1), ladder(exp.model)):
             layout = replace(own, data=None, replica=1, zero=zero, tensor=tensor, expert=expert, sequence=sequence)
             runtime = replace(exp.runtime, layout=layout, remat=remat)
             for accumulate in (2**i for i in range((exp.batch_size // max(ways, 1)).bit_length())):

@@ -25,11 +25,10 @@ from jaxllm.config import GLU, Block, MoE
 from jaxllm.experiment import Experiment
 from jaxllm.flops import score_width
 from jaxllm.params import Param
-from jaxllm.plan.info import declared, ffn_width, saved_width
+from jaxllm.plan.info import declared, ffn_width
+from jaxllm.plan.saved import WIDTH, saved_bytes
 from jaxllm.sharding import Layout, partition, shares, storage
-
-_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of a compute dtype, `c` below."""
+from jaxllm.train.optimizer import bytes_of_state
 
 Size = Callable[[Param], int]
 
@@ -38,13 +37,14 @@ Size = Callable[[Param], int]
 class StepBytes:
     """Bytes per chip.  c: bytes of the compute dtype; t: tokens of a micro-batch on a chip.
 
-    state: 12 for each parameter a chip stores: fp32 master and two moments.
+    state: 12 for each parameter a chip stores: fp32 master and two moments; less with `optimizer.masters`, `moments`.
     batch: six arrays of 4-byte numbers, for all micro-batches.
     weights: c for each parameter that is multiplied, whole in stages 0-2, sharded in stage 3, where XLA casts the whole
         stack before the scan and gathers layer by layer (without recomputation it keeps what it gathered). The head is
         sharded from stage 1 on, and gathered chunk by chunk. An embedding that is only looked up is not among them.
     accumulators: 4 for each parameter stored, if there is more than one micro-batch; they add up in fp32.
-    saved: c t for each number that a layer keeps: under full recomputation its input, D.
+    saved: what layers keep by name (`saved.py`): under full recomputation c t D each, their inputs. Of names that are
+        offloaded what two layers keep: one is on its way to or from the host, one in use.
     layer: the gradients made so far (all but the embedding's, at worst), and what one layer's backward pass works with.
     loss: the head's gradient, and what one chunk of the vocabulary works with.
     """
@@ -82,16 +82,16 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
     multiplied = [p for path, p in params.items() if path not in looked_up]
     head = params["embed/tokens" if exp.model.tied else "head/kernel"]
 
-    c = _WIDTH[exp.runtime.compute_dtype]
+    c = WIDTH[exp.runtime.compute_dtype]
     t = exp.batch_size * exp.data.context // (shares(sizes) * sizes["sequence"] * exp.accumulate)
     gradient = _gradient(layout, head, c, stored, used)
     gathers = layout.zero == 3 and exp.runtime.remat != "none"  # else the gathered copy is kept for the backward pass
     return StepBytes(
-        state=12 * sum(map(stored, params.values())),
+        state=round(sum(sum(bytes_of_state(exp.optimizer, p)) * stored(p) for p in params.values())),
         batch=24 * t * exp.accumulate,
         weights=c * sum(stored(p) if gathers or (layout.zero and p is head) else used(p) for p in multiplied),
         accumulators=4 * sum(map(stored, params.values())) if exp.accumulate > 1 else 0,
-        saved=c * t * sum(saved_width(b, exp.model.dim, exp.runtime.remat, sizes["tensor"]) for b in _layers(exp)),
+        saved=t * _saved(exp),
         layer=sum(map(gradient, multiplied)) + max(_layer(exp, b, t, c, sizes) for b in _blocks(exp)),
         loss=gradient(head) + _loss(exp, t, c, sizes["tensor"]),
     )
@@ -127,8 +127,11 @@ def _blocks(exp: Experiment) -> list[Block]:
     return [block for stack in exp.model.stacks for block in stack.pattern]
 
 
-def _layers(exp: Experiment) -> list[Block]:
-    return [block for stack in exp.model.stacks for block in stack.pattern * stack.repeats]
+def _saved(exp: Experiment) -> int:
+    """Bytes per token over all layers, and of what is offloaded those of two layers: one on its way, one in use."""
+    places = [(block, stack.repeats) for stack in exp.model.stacks for block in stack.pattern]
+    sizes = [(n, *saved_bytes(block, exp.model, exp.data.context, exp.runtime)) for block, n in places]
+    return sum(n * here for n, here, _ in sizes) + 2 * max(there for _, _, there in sizes)
 
 
 def _layer(exp: Experiment, block: Block, t: int, c: int, sizes: Mapping[str, int]) -> int:

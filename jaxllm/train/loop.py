@@ -34,10 +34,11 @@ from jaxllm.train.checkpoint import CHECKPOINTS, Checkpointer, restore
 from jaxllm.train.dataset import Dataset, prepare, train_batch
 from jaxllm.train.evaluate import Evaluate, evaluate, make_evaluate
 from jaxllm.train.metrics import MetricsWriter, by_channel, plot, utilisation
-from jaxllm.train.optimizer import make_optimizer, schedule
+from jaxllm.train.optimizer import make_optimizer, master_params, schedule
 from jaxllm.train.processes import decided_by_first
 from jaxllm.train.progress import Display
 from jaxllm.train.replay import explain
+from jaxllm.train.scaling import scaling_of
 from jaxllm.train.step import Step, abstract_state, batch_sharding, compiled, init_state, make_step
 from jaxllm.transformer import transformer_params
 
@@ -158,20 +159,19 @@ def set_up(exp: Experiment, console: Console, options: Options) -> Setup:
     mesh = make_mesh(runtime.layout or Layout(data=1), jax.devices() if runtime.layout else jax.devices()[:1])
     check_batch(exp, mesh)
     data = prepare(exp, say)
-    tree = transformer_params(exp.model)
+    tree, scaling = master_params(exp.optimizer, transformer_params(exp.model)), scaling_of(exp)
     optimizer = make_optimizer(exp.optimizer, tree)
     loss = partial(_model_loss, exp, len(data.channels))
     step = make_step(
-        loss, optimizer, tree, runtime, accumulate=exp.accumulate, seed=exp.seed,
+        loss, optimizer, tree, runtime, accumulate=exp.accumulate, seed=exp.seed, scaling=scaling,
         layer_norms=options.layer_norms, learning_rate=schedule(exp.optimizer), advance=partial(advance, exp),
     )  # fmt: skip
     with jax.set_mesh(mesh):
-        like = abstract_state(tree, optimizer, runtime, mesh)
+        like = abstract_state(tree, optimizer, runtime, mesh, scaling)
         found = restore(epath.Path(exp.run_dir) / CHECKPOINTS, like)
         if found is None:
-            fresh = jax.jit(
-                partial(init_state, tree, optimizer), out_shardings=jax.tree.map(lambda x: x.sharding, like)
-            )
+            places = jax.tree.map(lambda x: x.sharding, like)
+            fresh = jax.jit(partial(init_state, tree, optimizer, scaling=scaling), out_shardings=places)
             state = fresh(jax.random.key(exp.seed))
         else:
             state, meta = found
@@ -201,7 +201,8 @@ def _introduce(exp: Experiment, data: Dataset, mesh: Mesh, peak: tuple[float, st
     say(f"model  {exp.model.name}: {count(transformer_params(exp.model)):,} parameters, {exp.model.layers} layers")
     tokens = sum(source.shards.tokens for source in data.train.sources)
     say(f"data   {tokens:,} tokens, vocabulary {data.tokenizer.vocab:,}, channels {', '.join(data.channels)}")
-    say(f"mesh   {sizes}; {runtime.compute_dtype} compute, fp32 masters; batch {exp.batch_size} x {exp.data.context}")
+    dtypes = f"{runtime.compute_dtype} compute, {exp.optimizer.masters} masters"
+    say(f"mesh   {sizes}; {dtypes}; batch {exp.batch_size} x {exp.data.context}")
     flops = train_flops_per_token(exp.model, exp.data.context)
     say(f"mfu  = {flops / 1e6:,.2f} MFLOP per token x tokens/s / {peak[0] / 1e12:,.3f} TFLOP/s ({peak[1]})")
 
@@ -233,6 +234,7 @@ def record(exp: Experiment, setup: Setup, i: int, m: dict[str, Any], tokens_per_
         "grad_norm": float(m["grad_norm"]),
         "learning_rate": float(m["learning_rate"]),
         "skipped_steps": int(m["skipped"]),
+        **{name: float(m[name]) for name in ("loss_scale", "overflows") if name in m},
         "tokens_per_second": tokens_per_second,
         "mfu": flops * tokens_per_second / setup.peak[0],
         **{f"epochs/{name}": n for name, n in epochs_at(setup.data.train, i + 1).items()},

@@ -134,7 +134,8 @@ def _finite_gradients(
     def loss(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], dict[str, Array]]:
         return lm_loss(params, spec, batch, runtime, key, balance=balance)
 
-    grads = gradients(loss, transformer_params(spec), params, batch, key, runtime, accumulate)[2]
+    scale = jnp.ones(()) if runtime.compute_dtype == "float16" else None  # there the sum over tokens would overflow
+    grads = gradients(loss, transformer_params(spec), params, batch, key, runtime, accumulate, scale)[2]
     return _finite_weights(spec, runtime, jax.tree.map(jnp.square, grads))
 
 

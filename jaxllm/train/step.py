@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,44 +19,69 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
-from jaxllm.params import Param, ParamTree, init, map_params, paths
+from jaxllm.experiment import LossScale
+from jaxllm.params import ParamTree, init, map_params, paths
 from jaxllm.records import Batch, TrainState
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import mesh_sizes, partition, shares, storage, storage_shardings, use
+from jaxllm.sharding import mesh_sizes, partition, shares, storage, use
+from jaxllm.train.moments import as_float32, is_table, map_moments, rounded
+from jaxllm.train.scaling import counters, fresh_scale
 
 Loss = Callable[[Any, Batch, Array], tuple[Float[Array, ""], dict[str, Array]]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
+ROUNDING = 0x7FFFFFFF
+"""Tells the key of a step's rounding from those of its dropout."""
+
 # ----------------------------------------------------------------------------------------------------------- state
 
 
-def init_state(tree: ParamTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
-    """A fresh state: fp32 masters, the optimiser's state, and counters of skipped steps in `extra`."""
+def init_state(
+    tree: ParamTree, optimizer: optax.GradientTransformation, key: Key[Array, ""], scaling: LossScale | None = None
+) -> TrainState:
+    """A fresh state: masters as declared, the optimiser's state, and counters of skipped steps in `extra`.
+
+    With `scaling` also "loss_scale", and "good_streak": finite steps since it last changed.
+    """
     params = init(tree, key)
     step, skipped, streak = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: each is donated
-    return TrainState(step, params, optimizer.init(params), {"skipped": skipped, "bad_streak": streak})
+    extra = {"skipped": skipped, "bad_streak": streak}
+    return TrainState(step, params, optimizer.init(as_float32(params)), extra | fresh_scale(scaling))
 
 
-def state_shardings(tree: ParamTree, optimizer: optax.GradientTransformation, runtime: Runtime, mesh: Mesh) -> Any:
+def state_shardings(
+    tree: ParamTree,
+    optimizer: optax.GradientTransformation,
+    runtime: Runtime,
+    mesh: Mesh,
+    scaling: LossScale | None = None,
+) -> Any:
     """NamedSharding for every array of the state: masters and moments in the storage layout, the rest whole."""
-    shapes = jax.eval_shape(lambda key: init_state(tree, optimizer, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init_state(tree, optimizer, key, scaling), jax.random.key(0))
     whole = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda _: whole, shapes)
-    if runtime.layout is None:
+    layout = runtime.layout
+    if layout is None:
         return shardings
-    params = storage_shardings(tree, runtime.layout, mesh)
-    moments = optax.tree_map_params(
-        optimizer, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole
-    )
-    return shardings.replace(params=params, opt_state=moments)
+    specs = map_params(lambda p: storage(p, layout, mesh.shape), tree)
+
+    def place(_: Any, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(mesh, spec)
+
+    moments = map_moments(place, shapes.opt_state, specs, mesh.shape, others=lambda _: whole)
+    return shardings.replace(params=jax.tree.map(partial(place, None), specs), opt_state=moments)
 
 
 def abstract_state(
-    tree: ParamTree, optimizer: optax.GradientTransformation, runtime: Runtime, mesh: Mesh
+    tree: ParamTree,
+    optimizer: optax.GradientTransformation,
+    runtime: Runtime,
+    mesh: Mesh,
+    scaling: LossScale | None = None,
 ) -> TrainState:
     """The state as ShapeDtypeStructs, each with its global shape and sharding, for lowering, restoring and planning."""
-    shapes = jax.eval_shape(lambda key: init_state(tree, optimizer, key), jax.random.key(0))
-    shardings = state_shardings(tree, optimizer, runtime, mesh)
+    shapes = jax.eval_shape(lambda key: init_state(tree, optimizer, key, scaling), jax.random.key(0))
+    shardings = state_shardings(tree, optimizer, runtime, mesh, scaling)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
@@ -86,6 +112,7 @@ def make_step(
     *,
     accumulate: int = 1,
     seed: int = 0,
+    scaling: LossScale | None = None,
     layer_norms: bool = False,
     learning_rate: optax.Schedule = lambda step: jnp.nan,
     advance: Callable[[Any, dict[str, Array]], Any] = lambda params, aux: params,
@@ -94,6 +121,7 @@ def make_step(
 
     accumulate: micro-batches per step, weighted by their token counts, so that they add up to the big batch [B, T].
     A step whose loss or gradient is not finite changes nothing but `step` and the counters in `extra`.
+    scaling: of the loss, for a state that was made with it.
     advance: what else moves weights after the optimiser, given the loss's aux (corrections of routers).
     layer_norms: report every parameter's gradient norm as "grad_norm/<path>".
 
@@ -103,21 +131,21 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One batch [B, T]."""
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        mean, aux, grads = gradients(loss, tree, state.params, batch, key, runtime, accumulate)
+        scale = state.extra["loss_scale"] if scaling is not None else None
+        mean, aux, grads = gradients(loss, tree, state.params, batch, key, runtime, accumulate, scale)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(mean)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = advance(optax.apply_updates(state.params, updates), aux)
+        masters = as_float32(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, masters)
+        params = advance(optax.apply_updates(masters, updates), aux)
+        params = rounded(tree, params, jax.random.fold_in(key, ROUNDING))
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-        extra = state.extra | {
-            "skipped": state.extra["skipped"] + ~good,
-            "bad_streak": jnp.where(good, 0, state.extra["bad_streak"] + 1),
-        }
+        extra = state.extra | counters(state.extra, good, scaling)
         new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), extra)
-        new = _pinned(new, tree, optimizer, runtime)
+        new = _pinned(new, tree, runtime)
         metrics = {"loss": mean, "grad_norm": norm, "learning_rate": learning_rate(state.step), **extra, **aux}
         if layer_norms:
             metrics |= {f"grad_norm/{path}": jnp.linalg.norm(g.ravel()) for path, g in paths(grads)}
@@ -135,26 +163,38 @@ def compiled(step: Step, state: TrainState, batch: Batch) -> Step:
 
 
 def gradients(
-    loss: Loss, tree: ParamTree, params: Any, batch: Batch, key: Array, runtime: Runtime, accumulate: int
+    loss: Loss,
+    tree: ParamTree,
+    params: Any,
+    batch: Batch,
+    key: Array,
+    runtime: Runtime,
+    accumulate: int,
+    scale: Array | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array], Any]:
     """(weighted mean loss, summed aux, fp32 gradients in the storage layout) over all micro-batches.
 
     ZeRO stages 1 and 2 gather one compute-dtype copy of the weights here, once for all micro-batches, and differentiate
     with respect to it. Tables stay fp32 and sharded: a lookup's gradient adds up thousands of rows for a common token,
     which the compute dtype would lose, and neither the lookup nor the chunked loss needs them whole.
+    scale: what the mean loss of a micro-batch is multiplied by before it is differentiated, [].
     """
     layout = runtime.layout
     if layout is not None and layout.zero in (1, 2) and mesh_sizes():
         gathered = use(tree, params, layout, runtime.compute_dtype)
-        params = map_params(lambda p, whole, master: master if _is_table(p) else whole, tree, gathered, params)
+        params = map_params(lambda p, whole, master: master if is_table(p) else whole, tree, gathered, params)
 
-    def total(params: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+    def total(params: Any, batch: Batch, key: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
         mean, aux = loss(params, batch, key)
-        return mean * jax.lax.stop_gradient(aux["weight"]), aux
+        weight = jax.lax.stop_gradient(aux["weight"])
+        return mean * (weight if scale is None else scale), (mean * weight, aux)
 
     def micro(batch: Batch, key: Array) -> tuple[Array, dict[str, Array], Any]:
-        (value, aux), grads = jax.value_and_grad(total, has_aux=True)(params, batch, key)
-        return value, aux, _stored(tree, grads, runtime)
+        (_, (value, aux)), grads = jax.value_and_grad(total, has_aux=True)(params, batch, key)
+        grads = _stored(tree, grads, runtime)
+        if scale is not None:
+            grads = jax.tree.map(lambda g: g * (aux["weight"] / scale), grads)
+        return value, aux, grads
 
     if accumulate == 1:
         value, aux, grads = micro(batch, key)
@@ -162,11 +202,6 @@ def gradients(
         value, aux, grads = _accumulated(micro, batch, key, accumulate)
     weight = jnp.maximum(aux["weight"], 1e-9)
     return value / weight, aux, jax.tree.map(lambda g: g / weight, grads)
-
-
-def _is_table(p: Param) -> bool:
-    """Whether a parameter is looked up by row: embeddings, and the head that shares their shape."""
-    return p.axes[0] in ("vocab", "positions") and len(p.axes) == 2
 
 
 def deal(batch: Batch, accumulate: int) -> Batch:
@@ -187,15 +222,13 @@ def _accumulated(micro: Any, batch: Batch, key: Array, accumulate: int) -> Any:
     return jax.lax.scan(add, zeros, (dealt, keys))[0]
 
 
-def _pinned(
-    state: TrainState, tree: ParamTree, optimizer: optax.GradientTransformation, runtime: Runtime
-) -> TrainState:
+def _pinned(state: TrainState, tree: ParamTree, runtime: Runtime) -> TrainState:
     """The state with masters and moments in the storage layout: where it lives must not be XLA's choice."""
     layout, sizes = runtime.layout, mesh_sizes()
     if layout is None or not sizes:
         return state
     specs, pin = map_params(lambda p: storage(p, layout, sizes), tree), jax.lax.with_sharding_constraint
-    moments = optax.tree_map_params(optimizer, pin, state.opt_state, specs)
+    moments = map_moments(pin, state.opt_state, specs, sizes, others=lambda x: x)
     return replace(state, params=jax.tree.map(pin, state.params, specs), opt_state=moments)
 
 

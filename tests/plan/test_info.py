@@ -2,16 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jaxllm import cache
 from jaxllm.convert.safetensors_io import open_folder
-from jaxllm.experiment import Data, Experiment, Source
+from jaxllm.experiment import Data, Experiment, Optimizer, Source, resolve
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.plan.info import info, training_bytes
 from jaxllm.plan.report import find, info_command
+from jaxllm.plan.zero import step_bytes
 from jaxllm.runtime import Runtime
 from jaxllm.sharding import Layout
 
@@ -71,6 +73,17 @@ def test_training_bytes():
     assert whole["parameters"] == 4 * 8_030_261_248
     first = training_bytes(experiment(zero=1), devices=256)
     assert (first["parameters"], first["gradients"]) == (cost["parameters"], 4 * 8_030_261_248)
+
+
+def test_state_of_few_bits():
+    """Matrices of layers: 2 bytes, and two codes of a byte with a scale for 128 (heads), 256 (ffn) numbers each."""
+    few = replace(experiment(), optimizer=Optimizer(masters="bfloat16", moments="int8"))
+    cost, plain = training_bytes(few, devices=256), training_bytes(experiment(), devices=256)
+    ffn, heads = 32 * 3 * 4096 * 14336 // 256, 32 * (2 * 4096 + 2 * 1024) * 4096 // 256
+    assert plain["parameters"] - cost["parameters"] == 2 * (ffn + heads)
+    assert plain["optimiser"] - cost["optimiser"] == 6 * (ffn + heads) - 8 * ffn // 256 - 8 * heads // 128
+    arguments = step_bytes(resolve(few), 256)
+    assert arguments.state == cost["parameters"] + cost["optimiser"]
 
 
 def test_command(tmp_path, capsys):

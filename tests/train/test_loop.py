@@ -87,8 +87,9 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, monkeyp
     exp = experiment(tmp_path, max_bad_steps=3)
     original = steps_module.gradients
 
-    def poisoned(loss, tree, params, batch, key, runtime, accumulate):
-        value, aux, grads = original(loss, tree, params, batch, key, runtime, accumulate)
+    def poisoned(*args):
+        value, aux, grads = original(*args)
+        batch = args[3]
         bad = jnp.where(jnp.sum(batch.tokens_BT) % 1 == 0, jnp.nan, 0.0)  # always, but not to the compiler
         return value + bad, aux, jax.tree.map(lambda g: g + bad, grads)
 
