@@ -163,11 +163,30 @@ def torus_of(devices: Sequence[Any]) -> tuple[int, ...]:
 
 
 def make_mesh(layout: Layout, devices: Any = None, torus: Sequence[int] | None = None) -> Mesh:
-    """The mesh of a layout over `devices` (default: all of jax's). torus: default, what the devices say."""
+    """The mesh of a layout over `devices` (default: all of jax's). torus: default, what the devices of a slice say.
+
+    Slices, between which links are slow, lie along `replica`, the major axis. Raises ValueError when they cannot.
+    """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = layout.sizes(len(devices), torus_of(devices) if torus is None else torus)
-    kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+    slices = slices_of(devices)
+    sizes = layout.sizes(len(devices), torus_of(slices[0]) if torus is None else torus)
+    if sizes["replica"] % len(slices):
+        raise ValueError(
+            f"layout: replica={layout.replica} must be a multiple of the slices that the devices are of, {len(slices)}, "
+            f"so that only sums of gradients leave a slice; set layout.replica={len(slices)}"
+        )
+    kinds, shape = (AxisType.Auto,) * len(MESH_AXES), tuple(sizes.values())
+    own = shape[0] // len(slices), *shape[1:]
+    places = [jax.make_mesh(own, MESH_AXES, axis_types=kinds, devices=chips).devices for chips in slices]
+    return Mesh(np.concatenate(places), MESH_AXES, axis_types=kinds)
+
+
+def slices_of(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each TPU slice; all together where devices are not of slices."""
+    found: dict[int, list[Any]] = {}
+    for d in devices:
+        found.setdefault(getattr(d, "slice_index", 0) if d.platform == "tpu" else 0, []).append(d)
+    return [found[i] for i in sorted(found)]
 
 
 def mesh_sizes() -> Mapping[str, int]:

@@ -14,13 +14,15 @@ from jaxllm.models.presets import PRESETS, toy
 from jaxllm.nn.context import in_ring_order
 from jaxllm.nn.pipeline import require_stages
 from jaxllm.objectives.lm import lm_loss
-from jaxllm.params import Constant, Normal, Param, init, paths
+from jaxllm.params import Constant, Normal, Param, init, leaves, paths
+from jaxllm.plan.hlo import parse
+from jaxllm.plan.program import program
 from jaxllm.records import Batch, inputs
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import DATA, MESH_AXES, Layout, at_work, make_mesh, partition, storage, torus_of
+from jaxllm.sharding import DATA, MESH_AXES, Layout, at_work, make_mesh, partition, slices_of, storage, torus_of
 from jaxllm.train.optimizer import make_optimizer
-from jaxllm.train.step import abstract_state, batch_sharding, compiled, init_state, make_step
-from jaxllm.transformer import forward, transformer_params
+from jaxllm.train.step import abstract_batch, abstract_state, batch_sharding, compiled, init_state, make_step
+from jaxllm.transformer import block_params, forward, transformer_params
 
 SPEC = toy(PRESETS["gemma2_2b"](), vocab=96, dim=64)
 MIXTURE = toy(PRESETS["mixtral_8x7b"](), vocab=96, dim=64)
@@ -155,6 +157,49 @@ def test_stages_give_the_losses_of_one_device(name):
     assert_same(got, one_device(spec, 10, slow))
 
 
+def compiled_step(layout, spec):
+    """Figures of the compiled step, and its mesh."""
+    runtime, tree = Runtime(layout=layout, vocab_chunk=96), transformer_params(spec)
+    mesh, optimizer = make_mesh(layout), make_optimizer(CHOICE, tree)
+    step = make_step(lambda p, batch, key: lm_loss(p, spec, batch, runtime, key, channels=2), optimizer, tree, runtime)
+    with jax.set_mesh(mesh):
+        shapes = abstract_state(tree, optimizer, runtime, mesh), abstract_batch(16, 16, runtime, mesh)
+        return program(parse(step.lower(*shapes).compile().as_text()), dict(mesh.shape)), mesh
+
+
+@pytest.mark.parametrize("layout", [Layout(replica=2, zero=1), Layout(replica=2, stage=2, zero=1)])
+def test_only_shards_of_gradients_leave_a_slice(layout):
+    """What is summed over replica is, all in all, what a device stores, in fp32, and once (an all-reduce counts twice).
+
+    Norms go whole; 5 % are for them, and for scalars.
+    """
+    layout, spec = dataclasses.replace(layout, replicate_below=0), deep(4)
+    made, mesh = compiled_step(layout, spec)
+    crossing = [c for c in made.collectives if "replica" in c.axes.split("+")]
+    matrices = [p for p in leaves(transformer_params(spec)) if len(p.shape) > 1 and p.shape[-1] > 1]
+    held = sum(int(np.prod(p.shape)) // _ways(storage(p, layout, mesh.shape), mesh) for p in matrices)
+    assert {c.kind for c in crossing} == {"all-reduce"}
+    assert sum(c.wire for c in crossing) == pytest.approx(2 * 4 * held, rel=0.05)
+    assert not [c.axes for c in made.collectives if c.axes == "?"], "groups that cannot be read may cross slices"
+
+
+def _ways(spec, mesh):
+    names = [name for axes in spec for name in ((axes,) if isinstance(axes, str) else axes or ())]
+    return int(np.prod([mesh.shape[name] for name in names]))
+
+
+def test_weights_stay_on_their_stages():
+    """Between stages go activations alone: one [b, T, D] each turn and way, and rows that are dealt out and back."""
+    made, _ = compiled_step(Layout(stage=4, zero=1, microbatches=4, replicate_below=0), deep(4))
+    over = [c for c in made.collectives if "stage" in c.axes.split("+")]
+    turns = [c for c in over if c.kind == "collective-permute" and "pipeline" in c.source]
+    assert sum(c.count for c in turns) == 2 * (4 + 4 - 1)
+    assert {c.shape for c in turns} == {"f32[2,16,64]"}  # 16 rows, of 2 shares and 4 micro-batches
+    layers = {x for p in leaves(block_params(deep(4).stacks[0].pattern[0], 64, 1.0)) for x in (p.shape, p.shape[::-1])}
+    found = {tuple(map(int, s.split("[")[1][:-1].split(","))) for c in over for s in c.shape.split() if "[]" not in s}
+    assert not [shape for shape in found if len(shape) > 1 and any(shape[-len(x) :] == x for x in layers if len(x) > 1)]
+
+
 def test_accumulation_equals_the_big_batch():
     """Micro-batches have different token counts: only weighting by tokens makes them add up."""
     assert_same(losses(None, accumulate=4), one_device())
@@ -248,6 +293,14 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(axis, n):
 def test_the_data_axis_follows_the_torus(torus, tensor, want):
     sizes = Layout(tensor=tensor).sizes(int(np.prod(torus)) if torus else 8, torus)
     assert (tuple(sizes[a] for a in DATA), sizes["tensor"]) == (want, tensor)
+
+
+def test_slices_lie_along_replica():
+    chips = [SimpleNamespace(platform="tpu", slice_index=i // 4, coords=(i % 2, i // 2 % 2, 0)) for i in range(8)]
+    assert slices_of(chips[::-1]) == [chips[:4][::-1], chips[4:][::-1]]
+    assert len(slices_of(jax.devices())) == 1
+    with pytest.raises(ValueError, match=r"replica=1 must be a multiple of the slices .*, 2, .*set layout.replica=2"):
+        make_mesh(Layout(), chips)
 
 
 def test_the_torus_is_read_off_the_chips():
