@@ -172,8 +172,8 @@ def make_mesh(layout: Layout, devices: Any = None, torus: Sequence[int] | None =
     sizes = layout.sizes(len(devices), torus_of(slices[0]) if torus is None else torus)
     if sizes["replica"] % len(slices):
         raise ValueError(
-            f"layout: replica={layout.replica} must be a multiple of the slices that the devices are of, {len(slices)}, "
-            f"so that only sums of gradients leave a slice; set layout.replica={len(slices)}"
+            f"layout: replica={layout.replica} must be a multiple of the slices of the devices, {len(slices)}, so "
+            f"that only sums of gradients leave a slice; set layout.replica={len(slices)}"
         )
     kinds, shape = (AxisType.Auto,) * len(MESH_AXES), tuple(sizes.values())
     own = shape[0] // len(slices), *shape[1:]
