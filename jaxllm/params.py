@@ -125,7 +125,7 @@ def stacked(tree: ParamTree, repeats: int) -> ParamTree:
     return map_params(lambda p: replace(p, shape=(repeats, *p.shape), axes=("layers", *p.axes)), tree)
 
 
-def layer(tree: Any, index: int) -> Any:
+def layer(tree: Any, index: int | Array) -> Any:
     """One layer's slice of a stacked tree of arrays."""
     return jax.tree.map(lambda a: a[index], tree)
 

@@ -14,8 +14,8 @@ edit of the model. Two tables follow from it:
 (Rajbhandari et al. 2020.) The gradient's layout is set where a weight is used, by the one custom_vjp of this file:
 annotating only the optimiser's state makes XLA gather fp32 updates instead.
 
-Arrays are placed by PartitionSpec on the *context mesh* (`jax.set_mesh`), so that the same code runs inside a
-`shard_map` of the pipeline.
+Arrays are placed by PartitionSpec on the *context mesh* (`jax.set_mesh`), so that the same code runs inside the
+`shard_map` of the pipeline: an axis that a `shard_map` has taken is not on the mesh any more (`mesh_sizes`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ MESH_AXES = ("replica", "stage", *DATA, "expert", "sequence", "tensor")
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 RULES: Rules = (
-    ("batch", ("replica", *DATA, "expert")),
+    ("layers", ("stage",)),
+    ("batch", ("replica", *DATA, "expert", "stage")),
     ("length", ("sequence",)),
     ("stream", ("sequence",)),
     ("experts", ("expert",)),
@@ -61,7 +62,7 @@ RULES: Rules = (
 )
 """An axis that is not named is not sharded. length: tokens of a row; stream: the same, between blocks."""
 
-_SHARDERS = ("sequence", "expert", *DATA)  # mesh axes over which ZeRO spreads what is stored, major first
+_SHARDERS = ("stage", "sequence", "expert", *DATA)  # mesh axes over which ZeRO spreads what is stored, major first
 _STORAGE_ORDER = ("embed", "ffn", "heads", "kv_heads", "vocab", "head_dim", "rank")
 
 
@@ -69,8 +70,8 @@ _STORAGE_ORDER = ("embed", "ffn", "heads", "kv_heads", "vocab", "head_dim", "ran
 class Layout:
     """How a program is spread over devices.
 
-    replica, data, expert, sequence, tensor: sizes of mesh axes; `data=None` takes all devices that the others leave.
-    Rows are dealt over replica, data and expert, tokens of a row over sequence.
+    replica, stage, data, expert, sequence, tensor: sizes of mesh axes; `data=None` takes all devices that the others
+    leave. Rows are dealt over replica, data, expert and (outside of the pipeline) stage, tokens of a row over sequence.
     zero: the ZeRO stage.  rules: logical axis -> mesh axes.
     replicate_below: parameters with fewer elements per layer stay whole over data: gathering a norm's scale
     costs three small collectives where its gradient's sum costs one.
@@ -80,6 +81,8 @@ class Layout:
     repeated, and sums over tensor become half as many bytes (Korthikanti et al. 2022, §4.2.2).
     spare: rows that the exchange between experts' devices has room for, as a multiple of a balanced load. More come in
     further rounds; nothing is dropped.
+    microbatches: into how many parts the rows go through the stages (`nn/pipeline.py`), at least as many as there are
+    stages; None: as many.  groups: of layers that a stage holds; more make fewer idle turns and more transfers.
     """
 
     data: int | None = None
@@ -93,6 +96,21 @@ class Layout:
     context: Literal["ring", "all_to_all"] = "ring"
     split_stream: bool = False
     spare: float = 1.25
+    stage: int = 1
+    microbatches: int | None = None
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.stage > 1 and self.parts < self.stage) or self.groups < 1:
+            raise ValueError(
+                f"layout: microbatches={self.microbatches} must be at least stage={self.stage}, so that each stage has "
+                f"one to work on, and groups={self.groups} at least 1; set microbatches={self.stage} or more, groups=1"
+            )
+
+    @property
+    def parts(self) -> int:
+        """The number of micro-batches that go through the stages; 1 without stages."""
+        return 1 if self.stage == 1 else self.stage if self.microbatches is None else self.microbatches
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes that the compute table gives a logical axis."""
@@ -104,7 +122,7 @@ class Layout:
 
         torus: the sides of the torus that the devices form, if they do.
         """
-        given = {"replica": self.replica, "expert": self.expert, "sequence": self.sequence, "tensor": self.tensor}
+        given = {axis: getattr(self, axis) for axis in MESH_AXES if axis not in DATA}
         others = math.prod(given.values())
         data = devices // others if self.data is None else self.data
         if data * others != devices or data < 1:
@@ -118,7 +136,12 @@ class Layout:
 
 def shares(sizes: Mapping[str, int]) -> int:
     """Into how many parts the rows of a batch are dealt on a mesh of these sizes."""
-    return math.prod(sizes[a] for a in ("replica", *DATA, "expert"))
+    return math.prod(sizes[a] for a in ("replica", *DATA, "expert", "stage"))
+
+
+def row_unit(layout: Layout, sizes: Mapping[str, int]) -> int:
+    """What the rows of a forward must be a multiple of: its shares, and where there are stages its micro-batches'."""
+    return math.lcm(shares(sizes), shares(sizes) // sizes["stage"] * layout.parts)
 
 
 def _along(data: int, torus: Sequence[int]) -> tuple[int, ...]:
@@ -142,17 +165,37 @@ def torus_of(devices: Sequence[Any]) -> tuple[int, ...]:
 
 
 def make_mesh(layout: Layout, devices: Any = None, torus: Sequence[int] | None = None) -> Mesh:
-    """The mesh of a layout over `devices` (default: all of jax's). torus: default, what the devices say."""
+    """The mesh of a layout over `devices` (default: all of jax's). torus: default, what the devices of a slice say.
+
+    Slices, between which links are slow, lie along `replica`, the major axis. Raises ValueError when they cannot.
+    """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = layout.sizes(len(devices), torus_of(devices) if torus is None else torus)
+    slices = slices_of(devices)
+    sizes = layout.sizes(len(devices), torus_of(slices[0]) if torus is None else torus)
+    if sizes["replica"] % len(slices):
+        raise ValueError(
+            f"layout: replica={layout.replica} must be a multiple of the slices of the devices, {len(slices)}, so "
+            f"that only sums of gradients leave a slice; set layout.replica={len(slices)}"
+        )
+    shape = tuple(sizes.values())
+    own = shape[0] // len(slices), *shape[1:]
     # by default jax splits a side of the torus between two axes (tensor=2 of a side of 4) on v5e alone
-    placed = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    places = [create_device_mesh(own, chips, allow_split_physical_axes=True) for chips in slices]
+    return Mesh(np.concatenate(places), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def slices_of(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each TPU slice; all together where devices are not of slices."""
+    found: dict[int, list[Any]] = {}
+    for d in devices:
+        found.setdefault(getattr(d, "slice_index", 0) if d.platform == "tpu" else 0, []).append(d)
+    return [found[i] for i in sorted(found)]
 
 
 def mesh_sizes() -> Mapping[str, int]:
-    """Axis sizes of the context mesh; empty when there is none."""
-    return dict(jax.sharding.get_abstract_mesh().shape)
+    """Axis sizes of the context mesh, without those that a `shard_map` around has taken; empty when there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {axis: n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes}
 
 
 def partition(
@@ -161,17 +204,19 @@ def partition(
     """PartitionSpec of an array whose axes have these logical names, by the compute table.
 
     Raises ValueError when a mesh axis does not divide heads, ffn, experts or a row's length, or neither divides
-    kv_heads nor faces a single one. A vocabulary that does not divide stays whole.
+    kv_heads nor faces a single one. A vocabulary or a number of layers that does not divide stays whole, as layers do
+    that lie in several groups on a stage.
     """
     out: list[tuple[str, ...] | None] = []
     for axis, n in zip(axes, shape, strict=True):
         mesh_axes = tuple(a for a in layout.mesh_axes(axis) if sizes.get(a, 1) > 1)
         cut = math.prod(sizes[a] for a in mesh_axes)
-        if n % cut and not (axis == "vocab" or (axis == "kv_heads" and n == 1)):
+        if n % cut and not (axis in ("vocab", "layers") or (axis == "kv_heads" and n == 1)):
             raise ValueError(
                 f"layout: mesh axes {mesh_axes} of size {cut} must divide {axis}={n}; choose a size that divides {n}"
             )
-        out.append(mesh_axes if mesh_axes and n % cut == 0 else None)
+        apart = axis == "layers" and layout.groups > 1
+        out.append(mesh_axes if mesh_axes and n % cut == 0 and not apart else None)
     return PartitionSpec(*out)
 
 
@@ -191,31 +236,44 @@ def storage(param: Param, layout: Layout, sizes: Mapping[str, int]) -> Partition
     """PartitionSpec of a master weight and its moments: the compute table, and DATA on one more axis from stage 1 on.
 
     The data axis goes to the first of embed, ffn, heads, kv_heads, vocab, head_dim, rank that it divides. With it go
-    the axes of experts and sequence, which share the batch as well, where all of them divide.
+    the axes of stages, experts and sequence, which share the batch as well, where all of them divide. Stacked layers
+    that cannot lie over stages by their number do so in this way whatever the ZeRO stage.
     """
     spec = partition(param.axes, param.shape, layout, sizes)
     per_layer = math.prod(n for n, a in zip(param.shape, param.axes, strict=True) if a != "layers")
     taken = axes_in(spec)
     over = tuple(a for a in _SHARDERS if sizes.get(a, 1) > 1 and a not in taken)
-    if layout.zero == 0 or per_layer < layout.replicate_below:
+    if per_layer < layout.replicate_below:
         return spec
-    for more, axis in itertools.product((over, tuple(a for a in over if a in DATA)), _STORAGE_ORDER):
+    data = tuple(a for a in over if a in DATA)
+    staged = tuple(a for a in layout.mesh_axes("layers") if a in over and "layers" in param.axes)
+    wishes = (over, (*staged, *data), data, staged) if layout.zero else (staged,)
+    for more, axis in itertools.product(wishes, _STORAGE_ORDER):
         if more and axis in param.axes:
             i = param.axes.index(axis)
-            used = _names(spec[i])
+            used = names_of(spec[i])
             if param.shape[i] % math.prod(sizes[a] for a in (*used, *more)) == 0:
                 return PartitionSpec(*spec[:i], (*used, *more), *spec[i + 1 :])
     return spec
 
 
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def at_work(param: Param, layout: Layout, sizes: Mapping[str, int]) -> PartitionSpec:
+    """PartitionSpec of a parameter as it is multiplied: the compute table; layers stay on stages, however stored."""
+    spec = partition(param.axes, param.shape, layout, sizes)
+    if "layers" not in param.axes:
+        return spec
+    kept = {*layout.mesh_axes("layers"), *(name for entry in spec for name in names_of(entry))}
+    return _without(storage(param, layout, sizes), tuple(a for a in _SHARDERS if a not in kept))
+
+
+def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec (which turns a tuple of one into the name)."""
     return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def axes_in(spec: PartitionSpec) -> tuple[str, ...]:
     """All mesh axes of a PartitionSpec."""
-    return tuple(name for entry in spec for name in _names(entry))
+    return tuple(name for entry in spec for name in names_of(entry))
 
 
 def ways(axis: str, size: int, layout: Layout | None) -> int:
@@ -223,7 +281,7 @@ def ways(axis: str, size: int, layout: Layout | None) -> int:
     sizes = mesh_sizes()
     if layout is None or not sizes:
         return 1
-    return math.prod(sizes[a] for a in _names(partition((axis,), (size,), layout, sizes)[0]))
+    return math.prod(sizes[a] for a in names_of(partition((axis,), (size,), layout, sizes)[0]))
 
 
 def storage_shardings(tree: ParamTree, layout: Layout, mesh: Mesh) -> Any:
@@ -279,7 +337,7 @@ _relay.defvjp(_relay_fwd, _relay_bwd)
 
 
 def _without(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
-    return PartitionSpec(*(tuple(a for a in _names(entry) if a not in axes) or None for entry in spec))
+    return PartitionSpec(*(tuple(a for a in names_of(entry) if a not in axes) or None for entry in spec))
 
 
 def _shared(stored: PartitionSpec, used: PartitionSpec) -> bool:
@@ -341,7 +399,7 @@ def use(tree: ParamTree, params: Any, layout: Layout | None, dtype: DTypeLike) -
             cast = dtype if jnp.issubdtype(x.dtype, jnp.floating) and not fixed else x.dtype
             if layout is None or not sizes:
                 return x.astype(cast)
-            forward = partition(axes, x.shape, layout, sizes)
+            forward = partition(axes, x.shape, layout, sizes) if axes != p.axes else at_work(p, layout, sizes)
             if layout.zero == 0 or axes != p.axes:
                 return _relay(x, cast, (forward,), (forward,))
             stored = storage(p, layout, sizes)
@@ -362,12 +420,12 @@ def lookup(declared: Param, table_VD: leaves.Weight, ids_BT: Array, layout: Layo
     sizes = mesh_sizes()
     if layout is None or not sizes:
         return leaves.lookup(table_VD, ids_BT, dtype)
-    width = _names(storage(declared, layout, sizes)[1])
+    width = names_of(storage(declared, layout, sizes)[1])
     homes = partition(("batch", "length"), ids_BT.shape, layout, sizes)
 
     def away(n: int) -> list[tuple[str, ...] | None]:
         """Where ids lie while the first n axes of `width` are busy with D."""
-        return [tuple(a for a in _names(home) if a not in width[:n]) or None for home in homes]
+        return [tuple(a for a in names_of(home) if a not in width[:n]) or None for home in homes]
 
     ids_BT = jax.lax.with_sharding_constraint(ids_BT, PartitionSpec(*away(len(width))))
     rows = leaves.lookup(table_VD, ids_BT, dtype)

@@ -26,6 +26,7 @@ from jaxllm.nn.embedding import embed, embed_params
 from jaxllm.nn.head import classifier_params, classify, head_kernel, head_params, logits
 from jaxllm.nn.moe import ffn, ffn_params
 from jaxllm.nn.norm import norm, norm_params
+from jaxllm.nn.pipeline import staged_layers, through_stages
 from jaxllm.nn.position import relative_bias_params, tables
 from jaxllm.params import Normal, Param, ParamTree, layer, map_with_paths, stacked
 from jaxllm.records import Aux, Inputs, Memory, Output
@@ -215,6 +216,23 @@ def _real(inputs: Inputs) -> Bool[Array, "B T"] | None:
 
 
 def run_stack(
+    params: Any, cfg: Stack, x_BTD: Float[Array, "B T D"], given: Given, caches: Any = None, memory: Any = None
+) -> tuple[Float[Array, "B T D"], list[Any]]:
+    """All layers of a stack, those that the layout puts on stages as a pipeline. Arguments and results as of `_layers`.
+
+    With caches, which a token would take through all stages in turn, and with taps there is no pipeline: weights are
+    gathered from the stages.
+    """
+    plain = bool(given.runtime.taps) or caches is not None or memory is not None
+    if plain or not staged_layers(cfg.repeats, given.runtime.layout):
+        return _layers(params, cfg, x_BTD, given, caches, memory)
+    tree = {str(b): place_params(cfg, b, x_BTD.shape[-1]) for b in range(len(cfg.pattern))}
+    how = given.runtime
+    remat = partial(checkpointed, remat=how.remat, offload=how.offload, prevent_cse=False)
+    return through_stages(_layers, remat, tree, params, cfg, x_BTD, given)
+
+
+def _layers(
     params: Any, cfg: Stack, x_BTD: Float[Array, "B T D"], given: Given, caches: Any = None, memory: Any = None
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
     """A scan over repeats, a Python loop over the pattern. Returns x and, per place, what `block` gives [L, ...].

@@ -12,14 +12,17 @@ import pytest
 from jaxllm.experiment import Balance, Optimizer
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.nn.context import in_ring_order
+from jaxllm.nn.pipeline import require_stages
 from jaxllm.objectives.lm import lm_loss
-from jaxllm.params import Constant, Normal, Param, init, paths
+from jaxllm.params import Constant, Normal, Param, init, leaves, paths
+from jaxllm.plan.hlo import parse
+from jaxllm.plan.program import program
 from jaxllm.records import Batch, inputs
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import DATA, MESH_AXES, Layout, make_mesh, partition, storage, torus_of
+from jaxllm.sharding import DATA, MESH_AXES, Layout, at_work, make_mesh, partition, slices_of, storage, torus_of
 from jaxllm.train.optimizer import make_optimizer
-from jaxllm.train.step import abstract_state, batch_sharding, compiled, init_state, make_step
-from jaxllm.transformer import forward, transformer_params
+from jaxllm.train.step import abstract_batch, abstract_state, batch_sharding, compiled, init_state, make_step
+from jaxllm.transformer import block_params, forward, transformer_params
 
 SPEC = toy(PRESETS["gemma2_2b"](), vocab=96, dim=64)
 MIXTURE = toy(PRESETS["mixtral_8x7b"](), vocab=96, dim=64)
@@ -39,11 +42,11 @@ def batch_of(step):
     return Batch(ids[:, :-1], ids[:, 1:], weight, segment.astype(np.int32), position.astype(np.int32), channel)
 
 
-def losses(layout, accumulate=1, torus=(), steps=STEPS, spec=SPEC):
+def losses(layout, accumulate=1, torus=(), steps=STEPS, spec=SPEC, choice=CHOICE):
     runtime = Runtime(layout=layout, vocab_chunk=40)
     mesh = make_mesh(layout or Layout(), jax.devices()[: 1 if layout is None else 8], torus)
     tree = transformer_params(spec)
-    optimizer = make_optimizer(CHOICE, tree)
+    optimizer = make_optimizer(choice, tree)
     step = make_step(
         lambda params, batch, key: lm_loss(params, spec, batch, runtime, key, channels=2, balance=Balance()),
         optimizer, tree, runtime, accumulate=accumulate, layer_norms=True,
@@ -64,8 +67,8 @@ def losses(layout, accumulate=1, torus=(), steps=STEPS, spec=SPEC):
 
 
 @cache
-def one_device(spec=SPEC, steps=STEPS):
-    return losses(None, steps=steps, spec=spec)
+def one_device(spec=SPEC, steps=STEPS, choice=CHOICE):
+    return losses(None, steps=steps, spec=spec, choice=choice)
 
 
 LAYOUTS = {
@@ -122,6 +125,83 @@ EXPERTS = {
 def test_experts_on_other_devices_give_the_losses_of_one(name):
     got = losses(dataclasses.replace(EXPERTS[name], replicate_below=0), steps=10, spec=MIXTURE)
     assert_same(got, one_device(MIXTURE, 10))
+
+
+def deep(*repeats):
+    """As many dense layers as the first number says, then layers of experts."""
+    moe = MIXTURE.stacks[0]
+    dense = dataclasses.replace(moe.pattern[0], ffn=moe.pattern[0].ffn.expert)
+    stacks = [dataclasses.replace(moe, pattern=(dense,)), moe]
+    return dataclasses.replace(
+        MIXTURE, stacks=tuple(dataclasses.replace(s, repeats=n) for s, n in zip(stacks, repeats, strict=False))
+    )
+
+
+STAGES = {
+    # 3 dense and 2 of 6 layers of experts come before the pipeline
+    "uneven, dense before experts, zero1": (deep(3, 6), Layout(stage=4, zero=1)),
+    "groups x zero3 x tensor": (deep(5), Layout(stage=2, groups=2, tensor=2, zero=3, microbatches=4)),
+    "stage alone": (deep(8), Layout(stage=8, zero=0)),
+    "uneven x groups x expert x zero1": (deep(3, 6), Layout(stage=2, groups=2, expert=2, zero=1, microbatches=4)),
+    "ring x zero1": (deep(4), Layout(stage=2, sequence=2, zero=1)),
+    "all to all x zero3 x tensor, stream split": (
+        deep(4),
+        Layout(stage=2, sequence=2, tensor=2, zero=3, context="all_to_all", split_stream=True),
+    ),
+    "uneven x zero0": (deep(2, 5), Layout(stage=4, zero=0, microbatches=8)),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (i > 1)) for i, x in enumerate(STAGES)])
+def test_stages_give_the_losses_of_one_device(name):
+    """At a lower rate than the others: with 9 layers a router's choice flips by step 7, and moves the loss by 3e-5."""
+    spec, layout = STAGES[name]
+    slow = dataclasses.replace(CHOICE, peak_lr=1e-3)
+    got = losses(dataclasses.replace(layout, replicate_below=0), steps=10, spec=spec, choice=slow)
+    assert_same(got, one_device(spec, 10, slow))
+
+
+def compiled_step(layout, spec):
+    """Figures of the compiled step, and its mesh."""
+    runtime, tree = Runtime(layout=layout, vocab_chunk=96), transformer_params(spec)
+    mesh, optimizer = make_mesh(layout), make_optimizer(CHOICE, tree)
+    step = make_step(lambda p, batch, key: lm_loss(p, spec, batch, runtime, key, channels=2), optimizer, tree, runtime)
+    with jax.set_mesh(mesh):
+        shapes = abstract_state(tree, optimizer, runtime, mesh), abstract_batch(16, 16, runtime, mesh)
+        return program(parse(step.lower(*shapes).compile().as_text()), dict(mesh.shape)), mesh
+
+
+@pytest.mark.parametrize("layout", [Layout(replica=2, zero=1), Layout(replica=2, stage=2, zero=1)])
+def test_only_shards_of_gradients_leave_a_slice(layout):
+    """What is summed over replica is, all in all, what a device stores, in fp32, and once (an all-reduce counts twice).
+
+    Norms go whole; 5 % are for them, and for scalars.
+    """
+    layout, spec = dataclasses.replace(layout, replicate_below=0), deep(4)
+    made, mesh = compiled_step(layout, spec)
+    crossing = [c for c in made.collectives if "replica" in c.axes.split("+")]
+    matrices = [p for p in leaves(transformer_params(spec)) if len(p.shape) > 1 and p.shape[-1] > 1]
+    held = sum(int(np.prod(p.shape)) // _ways(storage(p, layout, mesh.shape), mesh) for p in matrices)
+    assert {c.kind for c in crossing} == {"all-reduce"}
+    assert sum(c.wire for c in crossing) == pytest.approx(2 * 4 * held, rel=0.05)
+    assert not [c.axes for c in made.collectives if c.axes == "?"], "groups that cannot be read may cross slices"
+
+
+def _ways(spec, mesh):
+    names = [name for axes in spec for name in ((axes,) if isinstance(axes, str) else axes or ())]
+    return int(np.prod([mesh.shape[name] for name in names]))
+
+
+def test_weights_stay_on_their_stages():
+    """Between stages go activations alone: one [b, T, D] each turn and way, and rows that are dealt out and back."""
+    made, _ = compiled_step(Layout(stage=4, zero=1, microbatches=4, replicate_below=0), deep(4))
+    over = [c for c in made.collectives if "stage" in c.axes.split("+")]
+    turns = [c for c in over if c.kind == "collective-permute" and "pipeline" in c.source]
+    assert sum(c.count for c in turns) == 2 * (4 + 4 - 1)
+    assert {c.shape for c in turns} == {"f32[2,16,64]"}  # 16 rows, of 2 shares and 4 micro-batches
+    layers = {x for p in leaves(block_params(deep(4).stacks[0].pattern[0], 64, 1.0)) for x in (p.shape, p.shape[::-1])}
+    found = {tuple(map(int, s.split("[")[1][:-1].split(","))) for c in over for s in c.shape.split() if "[]" not in s}
+    assert not [shape for shape in found if len(shape) > 1 and any(shape[-len(x) :] == x for x in layers if len(x) > 1)]
 
 
 def test_accumulation_equals_the_big_batch():
@@ -235,6 +315,14 @@ class V5P(SimpleNamespace):
     __hash__ = object.__hash__
 
 
+def test_slices_lie_along_replica():
+    chips = [SimpleNamespace(platform="tpu", slice_index=i // 4, coords=(i % 2, i // 2 % 2, 0)) for i in range(8)]
+    assert slices_of(chips[::-1]) == [chips[:4][::-1], chips[4:][::-1]]
+    assert len(slices_of(jax.devices())) == 1
+    with pytest.raises(ValueError, match=r"replica=1 must be a multiple of the slices .*, 2, .*set layout.replica=2"):
+        make_mesh(Layout(), chips)
+
+
 def test_the_torus_is_read_off_the_chips():
     def chips(places):
         return [SimpleNamespace(coords=p) for p in places]
@@ -276,6 +364,40 @@ def test_a_row_that_does_not_divide_is_refused():
             partition(("length",), (20,), Layout(sequence=8), dict(make_mesh(Layout(sequence=8)).shape))
     with pytest.raises(ValueError, match=r"sequence=3 x tensor=1 must be the number of devices, 8"):
         Layout(sequence=3).sizes(8)
+
+
+def test_layers_lie_on_stages_or_along_another_axis():
+    """By their number where it divides and a stage holds one group; else as ZeRO has them, whatever its stage."""
+    sizes, axes = SIZES | {"stage": 4}, ("layers", "embed", "ffn")
+
+    def stored(repeats, layout, name=storage):
+        layout = dataclasses.replace(layout, replicate_below=0)
+        return tuple(name(Param((repeats, 64, 128), axes, Normal(1.0)), layout, sizes))
+
+    assert stored(8, Layout(stage=4, zero=1)) == ("stage", "data", "tensor")
+    assert stored(8, Layout(stage=4, zero=0)) == ("stage", None, "tensor")
+    assert stored(6, Layout(stage=4, zero=1)) == (None, ("stage", "data"), "tensor")
+    assert stored(6, Layout(stage=4, zero=0)) == (None, "stage", "tensor")
+    assert stored(8, Layout(stage=4, groups=2, zero=3)) == (None, ("stage", "data"), "tensor")
+    assert stored(6, Layout(stage=4, zero=1), at_work) == (None, "stage", "tensor")
+    assert stored(8, Layout(stage=4, zero=3), at_work) == ("stage", None, "tensor")
+
+
+def test_stages_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"microbatches=2 must be at least stage=4.*set microbatches=4 or more"):
+        Layout(stage=4, microbatches=2)
+    with pytest.raises(ValueError, match=r"stage=3.* must be the number of devices, 8"):
+        Layout(stage=3).sizes(8)
+    with pytest.raises(ValueError, match=r"stage=4 x groups=2 must be at most the repeats of .* has 6; set stage=6"):
+        require_stages(deep(3, 6).stacks, Layout(stage=4, groups=2))
+    runtime = Runtime(layout=Layout(stage=2, microbatches=4))
+    tree = transformer_params(SPEC)
+    with (
+        jax.set_mesh(make_mesh(runtime.layout)),
+        pytest.raises(ValueError, match=r"rows of a forward, 8, must be a multiple of 16.*; the next that is: 16"),
+    ):
+        params = jax.eval_shape(lambda: init(tree, jax.random.key(0)))
+        jax.eval_shape(lambda p: forward(p, SPEC, inputs(jnp.zeros((8, 16), jnp.int32)), runtime), params)
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -155,7 +155,7 @@ def _plan(how: Exchange, expert_BTk: Int[Array, "B T k"]) -> Plan:
     sent = jnp.bincount(expert, length=how.cfg.experts).astype(jnp.int32).reshape(how.size, -1)
     came = lax.all_to_all(sent, how.axis, 0, 0, tiled=True)
     count = sent.sum(1)
-    rounds = lax.pmax(-(-count.max() // how.room), tuple(mesh_sizes()))
+    rounds = lax.pmax(-(-count.max() // how.room), jax.sharding.get_abstract_mesh().axis_names)
     return Plan(order, expert, count, jnp.cumsum(count) - count, came, rounds)
 
 

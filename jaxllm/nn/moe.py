@@ -27,7 +27,8 @@ from jaxllm.remat import Name, named
 from jaxllm.runtime import Runtime
 
 Statistics = dict[str, Array]
-"""load: [E] share of a token's choices that each expert got, summing to top_k.  balance, z: float32 [] losses."""
+"""load: [E] share of a token's choices that each expert got, summing to top_k.  prob: [E] mean of the router's scores.
+balance, z: float32 [] losses."""
 
 
 def ffn_params(cfg: FFN, dim: int, gain: float = 1.0) -> ParamTree:
@@ -132,7 +133,16 @@ def statistics(cfg: MoE, r: Routing, real_BT: Bool[Array, "B T"] | None) -> Stat
     load_E = (chosen * real[..., None]).sum((0, 1)) / total
     prob_E = (r.prob_BTE * real[..., None]).sum((0, 1)) / total
     z = (jnp.square(jax.nn.logsumexp(r.logits_BTE, -1)) * real).sum() / total
-    return {"load": load_E, "balance": cfg.experts * (load_E * prob_E).sum(), "z": z}
+    return {"load": load_E, "prob": prob_E, "balance": cfg.experts * (load_E * prob_E).sum(), "z": z}
+
+
+def averaged(of_parts: Statistics, share_M: Float[Array, " M"], over: tuple[str, ...]) -> Statistics:
+    """Statistics of a batch from those of its parts, each [G, M, ...], with its share of the real tokens.
+
+    over: mesh axes that parts lie on beside, inside of a `shard_map`.
+    """
+    mean = {name: jax.lax.psum(jnp.einsum("GM...,M->G...", x, share_M), over) for name, x in of_parts.items()}
+    return mean | {"balance": mean["load"].shape[-1] * (mean["load"] * mean["prob"]).sum(-1)} if mean else mean
 
 
 # -------------------------------------------------------------------------------------------------------- computing

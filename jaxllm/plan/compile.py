@@ -22,11 +22,12 @@ from typing import Any
 
 from jaxllm import serial
 from jaxllm.experiment import Experiment
+from jaxllm.nn.pipeline import require_stages
 from jaxllm.plan.bundles import flags
 from jaxllm.plan.info import declared
 from jaxllm.plan.kernels import Call, call_of
 from jaxllm.plan.topology import Slice, nearest
-from jaxllm.sharding import Layout, require_length, shares, storage
+from jaxllm.sharding import Layout, require_length, row_unit, storage
 
 TIME_OUT = 1800.0  # seconds; an 8B model on 256 chips takes about 120 on two cores
 
@@ -69,11 +70,13 @@ def prepare(exp: Experiment, target: Slice) -> Experiment:
     for param in declared(exp.model).values():
         storage(param, layout, sizes)
     require_length(exp.data.context, layout, sizes)
-    unit = shares(sizes) * exp.accumulate
+    require_stages(exp.model.stacks, layout)
+    unit = row_unit(layout, sizes) * exp.accumulate
     if exp.batch_size % unit:
         raise ValueError(
-            f"plan: batch_size={exp.batch_size} must be a multiple of replica * data * expert * accumulate = {unit} on "
-            f"{target.name}; the nearest is {max(round(exp.batch_size / unit), 1) * unit}"
+            f"plan: batch_size={exp.batch_size} must be a multiple of accumulate * replica * data * expert * stage and "
+            f"of accumulate * replica * data * expert * microbatches, = {unit} on {target.name}; the nearest is "
+            f"{max(round(exp.batch_size / unit), 1) * unit}"
         )
     kernel = "gpu" if target.gpu else "tpu"
     attention = kernel if exp.runtime.attention == "auto" else exp.runtime.attention

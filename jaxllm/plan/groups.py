@@ -42,12 +42,16 @@ def first_group(attrs: str) -> list[int]:
         shape, source = _ints(counted[1]), _ints(counted[2])
         order = _ints(counted[3]) if counted[3] else list(range(len(source)))
         return np.arange(math.prod(source)).reshape(source).transpose(order).reshape(shape)[0].ravel().tolist()
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attrs)
-    return _on_mesh(named[1], named[2]) if named else []
+    order = r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?"
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\]" + order + r" \{([^}]*)\}", attrs)
+    return _on_mesh(*named.groups()) if named else []
 
 
-def _on_mesh(mesh: str, axes: str) -> list[int]:
-    """'a'=4,'b'=8 and 'b' -> devices 0..7. A part of an axis is written 'b':(2)4: 4 of its positions, after 2."""
+def _on_mesh(mesh: str, source: str | None, turned: str | None, axes: str) -> list[int]:
+    """'a'=4,'b'=8 and 'b' -> devices 0..7. A part of an axis is written 'b':(2)4: 4 of its positions, after 2.
+
+    source, turned: the mesh's devices are 0, 1 ... as an array of this shape, transposed; None: in their order.
+    """
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
     wanted = {name: (before, size) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
     shape: list[int] = []
@@ -58,7 +62,10 @@ def _on_mesh(mesh: str, axes: str) -> list[int]:
         shape += part
         varying += [False, name in wanted, False]
     index = tuple(slice(None) if v else 0 for v in varying)
-    return np.arange(math.prod(shape)).reshape(shape)[index].ravel().tolist()
+    devices = np.arange(math.prod(shape))
+    if source is not None and turned is not None:
+        devices = devices.reshape(_ints(source)).transpose(_ints(turned))
+    return devices.reshape(shape)[index].ravel().tolist()
 
 
 def _ints(text: str) -> list[int]:

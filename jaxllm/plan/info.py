@@ -95,14 +95,24 @@ def parameters_by_part(spec: Spec) -> dict[str, int]:
     return dict(parts) | {"total": count(model_params(spec))}
 
 
+def require_formula(layout: Layout) -> None:
+    """Raise ValueError for layouts whose memory no formula here speaks of."""
+    if layout.stage > 1:
+        raise ValueError(
+            f"no formula gives the memory of a pipeline, stage={layout.stage}; ask the compiler with "
+            "`jaxllm plan CONFIG --topology NAME`, or set runtime.layout.stage=1"
+        )
+
+
 def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     """Bytes per chip by part while training, by formula (`jaxllm plan` asks the compiler instead).
 
     parameters 4 P, optimiser 8 P (less with `optimizer.masters`, `moments`), gradients 4 P bytes, P being what a chip
     stores under the layout (gradients whole below ZeRO stage 2); saved: what the backward pass keeps per layer under
-    `runtime.remat`, times the tokens of a micro-batch [B, T].
+    `runtime.remat`, times the tokens of a micro-batch [B, T]. Raises ValueError for layouts with stages.
     """
     layout = exp.runtime.layout or Layout()
+    require_formula(layout)
     sizes = layout.sizes(devices)
     tree = model_params(exp.model)
     stored = [(p, math.prod(p.shape) // _ways(storage(p, layout, sizes), sizes)) for p in leaves(tree)]

@@ -177,7 +177,8 @@ def _evaluated(equation: Any, args: list[Lazy]) -> list[Lazy]:
         if any(value is None for value in values):
             return None
         result = equation.primitive.bind(*values, **equation.params)
-        return result if equation.primitive.multiple_results else [result]
+        # numpy forgets the mesh that an equation inside of a shard_map was traced for
+        return list(map(np.asarray, result if equation.primitive.multiple_results else [result]))
 
     def pick(i: int) -> Any:
         outputs = run()

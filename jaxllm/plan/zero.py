@@ -25,7 +25,7 @@ from jaxllm.config import GLU, Block, MoE
 from jaxllm.experiment import Experiment
 from jaxllm.flops import score_width
 from jaxllm.params import Param
-from jaxllm.plan.info import declared, ffn_width
+from jaxllm.plan.info import declared, ffn_width, require_formula
 from jaxllm.plan.saved import WIDTH, saved_bytes
 from jaxllm.sharding import Layout, partition, shares, storage
 from jaxllm.train.optimizer import bytes_of_state
@@ -72,9 +72,10 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
     """The formula for an experiment's step on so many chips.
 
     It speaks of flash attention; another kernel works with more. Under `runtime.remat` "full" it is within 10 % of the
-    compiler; what other policies keep is the compiler's choice in part.
+    compiler; what other policies keep is the compiler's choice in part. Raises ValueError for layouts with stages.
     """
     layout = exp.runtime.layout or Layout()
+    require_formula(layout)
     sizes = layout.sizes(devices)
     stored, used = elements(layout, sizes)
     params = declared(exp.model)

@@ -26,10 +26,11 @@ from jaxllm.data.tokenizer import check_match
 from jaxllm.experiment import Experiment, check_resume, saved
 from jaxllm.flops import peak_flops, train_flops_per_token
 from jaxllm.nn.moe import correct_routers
+from jaxllm.nn.pipeline import require_stages
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.params import count
 from jaxllm.records import Batch, Params, TrainState
-from jaxllm.sharding import Layout, make_mesh, require_length, shares
+from jaxllm.sharding import Layout, make_mesh, require_length, row_unit
 from jaxllm.train.checkpoint import CHECKPOINTS, Checkpointer, restore
 from jaxllm.train.dataset import Dataset, prepare, train_batch
 from jaxllm.train.evaluate import Evaluate, evaluate, make_evaluate
@@ -209,14 +210,18 @@ def _introduce(exp: Experiment, data: Dataset, mesh: Mesh, peak: tuple[float, st
 
 def check_batch(exp: Experiment, mesh: Mesh) -> None:
     """Raise ValueError when the rows of micro-batches [B, T], or their tokens, do not divide over the devices."""
-    unit = exp.accumulate * shares(mesh.shape)
-    if exp.runtime.layout is not None and exp.batch_size % unit:
+    layout = exp.runtime.layout
+    if layout is None:
+        return
+    unit = exp.accumulate * row_unit(layout, mesh.shape)
+    if exp.batch_size % unit:
         raise ValueError(
-            f"batch_size={exp.batch_size} must be a multiple of accumulate x replica x data x expert = {unit}; "
-            f"the next that is: {-(-exp.batch_size // unit) * unit}"
+            f"batch_size={exp.batch_size} must be a multiple of {unit}: of accumulate times replica x data x expert x "
+            f"stage, and times replica x data x expert x microbatches; the next that is: "
+            f"{-(-exp.batch_size // unit) * unit}"
         )
-    if exp.runtime.layout is not None:
-        require_length(exp.data.context, exp.runtime.layout, mesh.shape)
+    require_stages(exp.model.stacks, layout)
+    require_length(exp.data.context, layout, mesh.shape)
 
 
 # ------------------------------------------------------------------------------------------------------- reporting

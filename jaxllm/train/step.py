@@ -176,11 +176,12 @@ def gradients(
 
     ZeRO stages 1 and 2 gather one compute-dtype copy of the weights here, once for all micro-batches, and differentiate
     with respect to it. Tables stay fp32 and sharded: a lookup's gradient adds up thousands of rows for a common token,
-    which the compute dtype would lose, and neither the lookup nor the chunked loss needs them whole.
+    which the compute dtype would lose, and neither the lookup nor the chunked loss needs them whole. Where there are
+    stages, each gathers what it holds in the forward (`nn/pipeline.py`), and layers outside are gathered one by one.
     scale: what the mean loss of a micro-batch is multiplied by before it is differentiated, [].
     """
     layout = runtime.layout
-    if layout is not None and layout.zero in (1, 2) and mesh_sizes():
+    if layout is not None and layout.zero in (1, 2) and layout.stage == 1 and mesh_sizes():
         gathered = use(tree, params, layout, runtime.compute_dtype)
         params = map_params(lambda p, whole, master: master if is_table(p) else whole, tree, gathered, params)
 

@@ -22,6 +22,7 @@ LAYOUTS = {
     "tensor": Layout(tensor=2, data=1, zero=0),
     "data x tensor": Layout(tensor=2, zero=0),
     "zero3 x tensor": Layout(tensor=2, zero=3, replicate_below=0),
+    "stages": Layout(stage=2, tensor=2, zero=1, replicate_below=0),
 }
 ROWS = PROMPTS * 2
 
@@ -42,6 +43,8 @@ def masters(params, spec, layout, mesh):
         ("gemma2_2b", "data", True),
         ("gemma2_2b", "data x tensor", True),
         ("gemma2_2b", "zero3 x tensor", False),
+        ("gemma2_2b", "stages", True),
+        ("gemma2_2b", "stages", False),
         ("gpt2_small", "tensor", False),
         ("gpt2_small", "zero3 x tensor", True),
     ],

@@ -98,6 +98,7 @@ def test_figures_are_multiplied_by_trips():
         ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x=1", [0, 4]),
         ("replica_groups=mesh['a'=8] {'a':(2)2}, x=1", [0, 2]),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}, x=1", [0, 4]),
         ("replica_groups=unheard_of", []),
     ],
 )

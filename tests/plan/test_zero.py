@@ -75,6 +75,11 @@ def test_less_recomputation_keeps_more():
     assert saved == sorted(set(saved))
 
 
+def test_a_pipeline_has_none():
+    with pytest.raises(ValueError, match="no formula gives the memory of a pipeline, stage=2; ask the compiler"):
+        step_bytes(experiment(1, stage=2), 8)
+
+
 def test_mixtures_and_latents_have_a_formula():
     exp = replace(experiment(3), model=PRESETS["deepseek_v3"]())
     made = step_bytes(exp, 256)

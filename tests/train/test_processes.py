@@ -86,14 +86,18 @@ def test_two_processes_train_save_and_restore_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_ring_spans_processes(tmp_path):
-    """Every row lies on all 8 devices, so keys and values, and their gradients, cross from process to process."""
+@pytest.mark.parametrize("layout", ["zero=3, sequence=8", "zero=1, stage=2"])
+def test_a_ring_spans_processes(tmp_path, layout):
+    """Every row lies on all 8 devices, so keys and values, and their gradients, cross from process to process.
+
+    Or every layer lies in one process, so that micro-batches do.
+    """
     curves = {}
     for processes in (1, 2):
         home = tmp_path / str(processes)
         home.mkdir()
         config = home / "config.py"
-        config.write_text(CONFIG.format(folder=str(home), run=str(home / "run"), layout="zero=3, sequence=8"))
+        config.write_text(CONFIG.format(folder=str(home), run=str(home / "run"), layout=layout))
         run(config, processes, 10)
         curves[processes] = losses(home / "run")
     alone = tmp_path / "alone"
