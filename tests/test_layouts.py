@@ -91,6 +91,7 @@ LAYOUTS = {
         1,
         (),
     ),
+    "zero2 accumulated, moments offloaded": (Layout(zero=2, offload=True), 2, ()),
     "ring of 8": (Layout(sequence=8, zero=0), 1, ()),
     "all to all x zero1": (Layout(sequence=4, zero=1, context="all_to_all"), 1, ()),
     "zero3 x tensor, stream split": (Layout(tensor=2, zero=3, split_stream=True), 1, ()),
@@ -318,6 +319,15 @@ def test_a_mesh_that_does_not_divide_the_devices_is_refused():
     with pytest.raises(ValueError, match="must be the number of devices, 8"):
         Layout(data=4).sizes(8)
     assert Layout(tensor=2).sizes(8)["data"] == 4
+
+
+def test_moments_lie_on_the_host_and_nothing_else():
+    layout = Layout(offload=True)
+    state = abstract_state(TREE, OPTIMIZER, Runtime(layout=layout), make_mesh(layout))
+    kinds = {path: x.sharding.memory_kind for path, x in paths(state)}
+    moments = {path for path in kinds if "/mu/" in path or "/nu/" in path}
+    assert len(moments) == 2 * len(leaves(TREE))
+    assert {path for path, kind in kinds.items() if kind == "pinned_host"} == moments
 
 
 def test_masters_are_spread():

@@ -108,9 +108,9 @@ def require_formula(layout: Layout) -> None:
 def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     """Bytes per chip by part while training, by formula (`jaxllm plan` asks the compiler instead).
 
-    parameters 4 P, optimiser 8 P, gradients 4 P bytes, P being the parameters a chip stores under the layout (gradients
-    whole below ZeRO stage 2); saved: what the backward pass keeps per layer under `runtime.remat`, times the tokens of
-    a micro-batch [B, T]. Raises ValueError for layouts with stages.
+    parameters 4 P, optimiser 8 P (0 offloaded), gradients 4 P bytes, P being the parameters a chip stores under the
+    layout (gradients whole below ZeRO stage 2); saved: what the backward pass keeps per layer under `runtime.remat`,
+    times the tokens of a micro-batch [B, T]. Raises ValueError for layouts with stages.
     """
     layout = exp.runtime.layout or Layout()
     require_formula(layout)
@@ -123,7 +123,7 @@ def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     gradients = count(tree) // sizes["tensor"] if layout.zero < 2 else stored
     return {
         "parameters": 4 * stored,
-        "optimiser": 8 * stored,
+        "optimiser": 0 if layout.offload else 8 * stored,
         "gradients": 4 * gradients,
         "saved": tokens * kept * width,
     }

@@ -38,7 +38,8 @@ Size = Callable[[Param], int]
 class StepBytes:
     """Bytes per chip.  c: bytes of the compute dtype; t: tokens of a micro-batch on a chip.
 
-    state: 12 for each parameter a chip stores: fp32 master and two moments.
+    state: 12 for each parameter a chip stores: fp32 master and two moments; 4 where the moments lie on the host.
+    streamed: 8 for each element of the largest parameter stored, where they do: its moments while it is updated.
     batch: six arrays of 4-byte numbers, for all micro-batches.
     weights: c for each parameter that is multiplied, whole in stages 0-2, sharded in stage 3, where XLA casts the whole
         stack before the scan and gathers layer by layer (without recomputation it keeps what it gathered). The head is
@@ -56,6 +57,7 @@ class StepBytes:
     saved: int
     layer: int
     loss: int
+    streamed: int
 
     @property
     def arguments(self) -> int:
@@ -65,7 +67,7 @@ class StepBytes:
     @property
     def temporary(self) -> int:
         """The heap at its greatest."""
-        return self.weights + self.accumulators + self.saved + max(self.layer, self.loss)
+        return self.weights + self.accumulators + self.saved + self.streamed + max(self.layer, self.loss)
 
 
 def step_bytes(exp: Experiment, devices: int) -> StepBytes:
@@ -88,13 +90,14 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
     gradient = _gradient(layout, head, c, stored, used)
     gathers = layout.zero == 3 and exp.runtime.remat != "none"  # else the gathered copy is kept for the backward pass
     return StepBytes(
-        state=12 * sum(map(stored, params.values())),
+        state=(4 if layout.offload else 12) * sum(map(stored, params.values())),
         batch=24 * t * exp.accumulate,
         weights=c * sum(stored(p) if gathers or (layout.zero and p is head) else used(p) for p in multiplied),
         accumulators=4 * sum(map(stored, params.values())) if exp.accumulate > 1 else 0,
         saved=c * t * sum(saved_width(b, exp.model.dim, exp.runtime.remat, sizes["tensor"]) for b in _layers(exp)),
         layer=sum(map(gradient, multiplied)) + max(_layer(exp, b, t, c, sizes) for b in _blocks(exp)),
         loss=gradient(head) + _loss(exp, t, c, sizes["tensor"]),
+        streamed=8 * max(map(stored, params.values())) if layout.offload else 0,
     )
 
 

@@ -44,8 +44,13 @@ def state_shardings(tree: ParamTree, optimizer: optax.GradientTransformation, ru
     if runtime.layout is None:
         return shardings
     params = storage_shardings(tree, runtime.layout, mesh)
+    kind = "pinned_host" if runtime.layout.offload else None
     moments = optax.tree_map_params(
-        optimizer, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole
+        optimizer,
+        lambda _, s: s.with_memory_kind(kind),
+        shapes.opt_state,
+        params,
+        transform_non_params=lambda _: whole,
     )
     return shardings.replace(params=params, opt_state=moments)
 
@@ -106,6 +111,7 @@ def make_step(
         mean, aux, grads = gradients(loss, tree, state.params, batch, key, runtime, accumulate)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(mean)
+        state = replace(state, opt_state=_moved(optimizer, state.opt_state, runtime, jax.memory.Space.Device))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = advance(optax.apply_updates(state.params, updates), aux)
 
@@ -118,6 +124,7 @@ def make_step(
         }
         new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), extra)
         new = _pinned(new, tree, optimizer, runtime)
+        new = replace(new, opt_state=_moved(optimizer, new.opt_state, runtime, jax.memory.Space.Host))
         metrics = {"loss": mean, "grad_norm": norm, "learning_rate": learning_rate(state.step), **extra, **aux}
         if layer_norms:
             metrics |= {f"grad_norm/{path}": jnp.linalg.norm(g.ravel()) for path, g in paths(grads)}
@@ -186,6 +193,13 @@ def _accumulated(micro: Any, batch: Batch, key: Array, accumulate: int) -> Any:
         return jax.tree.map(jnp.add, total, micro(*x)), None
 
     return jax.lax.scan(add, zeros, (dealt, keys))[0]
+
+
+def _moved(optimizer: optax.GradientTransformation, opt_state: Any, runtime: Runtime, to: jax.memory.Space) -> Any:
+    """The optimiser's state with its moments in the device's memory or the host's, where the layout offloads them."""
+    if runtime.layout is None or not runtime.layout.offload:
+        return opt_state
+    return optax.tree_map_params(optimizer, lambda x: jax.device_put(x, to), opt_state)
 
 
 def _pinned(
