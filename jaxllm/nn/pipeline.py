@@ -17,6 +17,8 @@ not at every turn; what is left of the mesh is the compiler's, as outside. From 
 gathered over rows once per forward too, in the compute dtype; their gradients add up in float32 and are scattered.
 Weights never travel from stage to stage, but for those of stacks that do not divide, or lie in several groups: these
 are stored over stages along another axis than their number, and change places (an all-to-all) once per forward.
+
+Dropout is drawn by turn and stage: not the masks that one device draws.
 """
 
 from __future__ import annotations

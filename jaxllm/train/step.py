@@ -195,8 +195,8 @@ def _accumulated(micro: Any, batch: Batch, key: Array, accumulate: int) -> Any:
     return jax.lax.scan(add, zeros, (dealt, keys))[0]
 
 
-def _moved(optimizer: optax.GradientTransformation, opt_state: Any, runtime: Runtime, to: jax.memory.Space) -> Any:
-    """The optimiser's state with its moments in the device's memory or the host's, where the layout offloads them."""
+def _moved(optimizer: optax.GradientTransformation, opt_state: Any, runtime: Runtime, to: Any) -> Any:
+    """The optimiser's state with its moments in this memory (`jax.memory.Space`), where the layout offloads them."""
     if runtime.layout is None or not runtime.layout.offload:
         return opt_state
     return optax.tree_map_params(optimizer, lambda x: jax.device_put(x, to), opt_state)
