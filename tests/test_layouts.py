@@ -13,7 +13,7 @@ from jaxllm.experiment import Balance, Optimizer
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.nn.context import in_ring_order
 from jaxllm.nn.pipeline import require_stages
-from jaxllm.objectives.lm import lm_loss
+from jaxllm.objectives.lm import inputs_of, lm_loss
 from jaxllm.params import Constant, Normal, Param, init, leaves, paths
 from jaxllm.plan.hlo import parse
 from jaxllm.plan.program import program
@@ -374,6 +374,19 @@ def test_layers_lie_on_stages_or_along_another_axis():
     assert stored(8, Layout(stage=4, groups=2, zero=3)) == (None, ("stage", "data"), "tensor")
     assert stored(6, Layout(stage=4, zero=1), at_work) == (None, "stage", "tensor")
     assert stored(8, Layout(stage=4, zero=3), at_work) == ("stage", None, "tensor")
+
+
+@pytest.mark.slow
+def test_taps_are_of_whole_rows_under_stages():
+    spec, found = deep(1, 5), []
+    params = init(transformer_params(spec), jax.random.key(0))
+    for layout in (None, Layout(stage=2, groups=2, zero=1, replicate_below=0)):
+        runtime = Runtime(layout=layout, taps=("residual",))
+        with jax.set_mesh(make_mesh(layout or Layout(), jax.devices()[: 1 if layout is None else 8])):
+            run = jax.jit(lambda p, batch, runtime=runtime: forward(p, spec, inputs_of(batch), runtime))
+            found.append(np.asarray(run(params, batch_of(0)).aux.taps["residual"]))
+    assert found[0].shape == (6, 16, 16, 64)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 
 def test_stages_that_do_not_fit_are_refused():
