@@ -83,6 +83,7 @@ class Layout:
     further rounds; nothing is dropped.
     microbatches: into how many parts the rows go through the stages (`nn/pipeline.py`), at least as many as there are
     stages; None: as many.  groups: of layers that a stage holds; more make fewer idle turns and more transfers.
+    offload: the optimiser's moments lie in the host's memory, and come to the device for the update alone.
     """
 
     data: int | None = None
@@ -99,6 +100,7 @@ class Layout:
     stage: int = 1
     microbatches: int | None = None
     groups: int = 1
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if (self.stage > 1 and self.parts < self.stage) or self.groups < 1:

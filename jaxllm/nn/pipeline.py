@@ -16,7 +16,9 @@ The axes of stages and rows (but experts') are manual in here, so that a gradien
 not at every turn; what is left of the mesh is the compiler's, as outside. From ZeRO stage 1 on a stage's weights are
 gathered over rows once per forward too, in the compute dtype; their gradients add up in float32 and are scattered.
 Weights never travel from stage to stage, but for those of stacks that do not divide, or lie in several groups: these
-are stored over stages along another axis than their number, and change places (an all-to-all) once per forward.
+are stored over stages along another axis than their number, and change places (all-to-alls) once per forward.
+
+Dropout is drawn by turn and stage: not the masks that one device draws.
 """
 
 from __future__ import annotations

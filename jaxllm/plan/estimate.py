@@ -212,6 +212,8 @@ def advice(plan: Plan) -> list[str]:
         options.append(
             (state + part["weights"], "runtime.layout.zero=3: shard masters, moments and gradients, gather per layer")
         )
+    if not layout.offload:
+        options.append((part["optimiser"], "runtime.layout.offload=true: moments in the host's memory"))
     if plan.exp.runtime.vocab_chunk > 4096 and part["working"] > part["saved"]:
         options.append(
             (part["working"] // 4, f"runtime.vocab_chunk={plan.exp.runtime.vocab_chunk // 4}: fewer logits at a time")

@@ -107,9 +107,9 @@ def require_formula(layout: Layout) -> None:
 def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     """Bytes per chip by part while training, by formula (`jaxllm plan` asks the compiler instead).
 
-    parameters 4 P, optimiser 8 P (less with `optimizer.masters`, `moments`), gradients 4 P bytes, P being what a chip
-    stores under the layout (gradients whole below ZeRO stage 2); saved: what the backward pass keeps per layer under
-    `runtime.remat`, times the tokens of a micro-batch [B, T]. Raises ValueError for layouts with stages.
+    parameters 4 P, optimiser 8 P (less with `optimizer.masters`, `moments`, 0 offloaded), gradients 4 P bytes, P being
+    what a chip stores under the layout (gradients whole below ZeRO stage 2); saved: what the backward pass keeps per
+    layer under `runtime.remat`, times the tokens of a micro-batch [B, T]. Raises ValueError for layouts with stages.
     """
     layout = exp.runtime.layout or Layout()
     require_formula(layout)
@@ -122,7 +122,7 @@ def training_bytes(exp: Experiment, devices: int = 1) -> dict[str, int]:
     gradients = count(tree) // sizes["tensor"] if layout.zero < 2 else sum(n for _, n in stored)
     return {
         "parameters": round(sum(n * master for n, master, _ in held)),
-        "optimiser": round(sum(n * moments for n, _, moments in held)),
+        "optimiser": 0 if layout.offload else round(sum(n * moments for n, _, moments in held)),
         "gradients": 4 * gradients,
         "saved": tokens * kept,
     }

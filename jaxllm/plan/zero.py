@@ -37,7 +37,9 @@ Size = Callable[[Param], int]
 class StepBytes:
     """Bytes per chip.  c: bytes of the compute dtype; t: tokens of a micro-batch on a chip.
 
-    state: 12 for each parameter a chip stores: fp32 master and two moments; less with `optimizer.masters`, `moments`.
+    state: 12 for each parameter a chip stores: fp32 master and two moments; less with `optimizer.masters`, `moments`,
+        and without the moments where they lie on the host.
+    streamed: the moments of the largest parameter stored, where they do: while it is updated.
     batch: six arrays of 4-byte numbers, for all micro-batches.
     weights: c for each parameter that is multiplied, whole in stages 0-2, sharded in stage 3, where XLA casts the whole
         stack before the scan and gathers layer by layer (without recomputation it keeps what it gathered). The head is
@@ -56,6 +58,7 @@ class StepBytes:
     saved: int
     layer: int
     loss: int
+    streamed: int
 
     @property
     def arguments(self) -> int:
@@ -65,7 +68,7 @@ class StepBytes:
     @property
     def temporary(self) -> int:
         """The heap at its greatest."""
-        return self.weights + self.accumulators + self.saved + max(self.layer, self.loss)
+        return self.weights + self.accumulators + self.saved + self.streamed + max(self.layer, self.loss)
 
 
 def step_bytes(exp: Experiment, devices: int) -> StepBytes:
@@ -87,14 +90,16 @@ def step_bytes(exp: Experiment, devices: int) -> StepBytes:
     t = exp.batch_size * exp.data.context // (shares(sizes) * sizes["sequence"] * exp.accumulate)
     gradient = _gradient(layout, head, c, stored, used)
     gathers = layout.zero == 3 and exp.runtime.remat != "none"  # else the gathered copy is kept for the backward pass
+    held = [(stored(p), *bytes_of_state(exp.optimizer, p)) for p in params.values()]
     return StepBytes(
-        state=round(sum(sum(bytes_of_state(exp.optimizer, p)) * stored(p) for p in params.values())),
+        state=round(sum((master + (0 if layout.offload else moments)) * n for n, master, moments in held)),
         batch=24 * t * exp.accumulate,
         weights=c * sum(stored(p) if gathers or (layout.zero and p is head) else used(p) for p in multiplied),
         accumulators=4 * sum(map(stored, params.values())) if exp.accumulate > 1 else 0,
         saved=t * _saved(exp),
         layer=sum(map(gradient, multiplied)) + max(_layer(exp, b, t, c, sizes) for b in _blocks(exp)),
         loss=gradient(head) + _loss(exp, t, c, sizes["tensor"]),
+        streamed=round(max(moments * n for n, _, moments in held)) if layout.offload else 0,
     )
 
 

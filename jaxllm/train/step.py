@@ -8,9 +8,8 @@ Nothing here knows the model: a loss is any `loss(params, batch, key) -> (weight
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from jaxllm.experiment import LossScale
 from jaxllm.params import ParamTree, init, map_params, paths
 from jaxllm.records import Batch, TrainState
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import mesh_sizes, partition, shares, storage, use
+from jaxllm.sharding import Layout, mesh_sizes, partition, shares, storage, storage_shardings, use
 from jaxllm.train.moments import as_float32, is_table, map_moments, rounded
 from jaxllm.train.scaling import counters, fresh_scale
 
@@ -63,13 +62,15 @@ def state_shardings(
     layout = runtime.layout
     if layout is None:
         return shardings
-    specs = map_params(lambda p: storage(p, layout, mesh.shape), tree)
-
-    def place(_: Any, spec: PartitionSpec) -> NamedSharding:
-        return NamedSharding(mesh, spec)
-
-    moments = map_moments(place, shapes.opt_state, specs, mesh.shape, others=lambda _: whole)
-    return shardings.replace(params=jax.tree.map(partial(place, None), specs), opt_state=moments)
+    specs, host = _specs(tree, layout, mesh.shape), "pinned_host" if layout.offload else None
+    moments = map_moments(
+        lambda _, spec: NamedSharding(mesh, spec, memory_kind=host),
+        shapes.opt_state,
+        specs,
+        mesh.shape,
+        lambda _: whole,
+    )
+    return shardings.replace(params=storage_shardings(tree, layout, mesh), opt_state=moments)
 
 
 def abstract_state(
@@ -135,6 +136,7 @@ def make_step(
         mean, aux, grads = gradients(loss, tree, state.params, batch, key, runtime, accumulate, scale)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(mean)
+        state = replace(state, opt_state=_moved(state.opt_state, tree, runtime, jax.memory.Space.Device))
         masters = as_float32(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, masters)
         params = advance(optax.apply_updates(masters, updates), aux)
@@ -146,6 +148,7 @@ def make_step(
         extra = state.extra | counters(state.extra, good, scaling)
         new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), extra)
         new = _pinned(new, tree, runtime)
+        new = replace(new, opt_state=_moved(new.opt_state, tree, runtime, jax.memory.Space.Host))
         metrics = {"loss": mean, "grad_norm": norm, "learning_rate": learning_rate(state.step), **extra, **aux}
         if layer_norms:
             metrics |= {f"grad_norm/{path}": jnp.linalg.norm(g.ravel()) for path, g in paths(grads)}
@@ -223,12 +226,26 @@ def _accumulated(micro: Any, batch: Batch, key: Array, accumulate: int) -> Any:
     return jax.lax.scan(add, zeros, (dealt, keys))[0]
 
 
+def _specs(tree: ParamTree, layout: Layout, sizes: Mapping[str, int]) -> Any:
+    return map_params(lambda p: storage(p, layout, sizes), tree)
+
+
+def _moved(opt_state: Any, tree: ParamTree, runtime: Runtime, to: Any) -> Any:
+    """The optimiser's state with its moments in this memory (`jax.memory.Space`), where the layout offloads them."""
+    layout, sizes = runtime.layout, mesh_sizes()
+    if layout is None or not layout.offload:
+        return opt_state
+    return map_moments(
+        lambda x, _: jax.device_put(x, to), opt_state, _specs(tree, layout, sizes), sizes, others=lambda x: x
+    )
+
+
 def _pinned(state: TrainState, tree: ParamTree, runtime: Runtime) -> TrainState:
     """The state with masters and moments in the storage layout: where it lives must not be XLA's choice."""
     layout, sizes = runtime.layout, mesh_sizes()
     if layout is None or not sizes:
         return state
-    specs, pin = map_params(lambda p: storage(p, layout, sizes), tree), jax.lax.with_sharding_constraint
+    specs, pin = _specs(tree, layout, sizes), jax.lax.with_sharding_constraint
     moments = map_moments(pin, state.opt_state, specs, sizes, others=lambda x: x)
     return replace(state, params=jax.tree.map(pin, state.params, specs), opt_state=moments)
 

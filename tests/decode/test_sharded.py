@@ -44,7 +44,7 @@ def masters(params, spec, layout, mesh):
         ("gemma2_2b", "data x tensor", True),
         ("gemma2_2b", "zero3 x tensor", False),
         ("gemma2_2b", "stages", True),
-        ("gemma2_2b", "stages", False),
+        pytest.param("gemma2_2b", "stages", False, marks=pytest.mark.slow),
         ("gpt2_small", "tensor", False),
         ("gpt2_small", "zero3 x tensor", True),
     ],

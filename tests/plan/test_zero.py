@@ -75,6 +75,12 @@ def test_less_recomputation_keeps_more():
     assert saved == sorted(set(saved))
 
 
+def test_moments_on_the_host_leave_a_third():
+    here, there = step_bytes(experiment(3), 8), step_bytes(experiment(3, offload=True), 8)
+    assert there.state == here.state // 3
+    assert there.temporary - here.temporary == 8 * V * D // 8  # those of the embedding, as they pass
+
+
 def test_a_pipeline_has_none():
     with pytest.raises(ValueError, match="no formula gives the memory of a pipeline, stage=2; ask the compiler"):
         step_bytes(experiment(1, stage=2), 8)
@@ -89,10 +95,10 @@ def test_mixtures_and_latents_have_a_formula():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero", "accumulate"), [(1, 4), (2, 1), (3, 1)])
-def test_the_compiler_agrees(zero, accumulate):
+@pytest.mark.parametrize(("zero", "accumulate", "offload"), [(1, 4, False), (2, 1, False), (3, 1, False), (3, 1, True)])
+def test_the_compiler_agrees(zero, accumulate, offload):
     pytest.importorskip("libtpu", reason="needs the TPU compiler")
-    exp = experiment(zero, accumulate)
+    exp = experiment(zero, accumulate, offload=offload)
     made, formula = plan(exp, V5E.name).memory, step_bytes(exp, V5E.devices)
     arguments = sum(made.by_part[part] for part in ("parameters", "optimiser", "counters", "inputs"))
     assert arguments == pytest.approx(formula.arguments, rel=0.01)

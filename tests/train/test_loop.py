@@ -53,11 +53,14 @@ def test_a_run_leaves_everything_behind(tmp_path):
     assert 0 < records[-1]["val/bits_per_byte"] < 8
 
 
-def test_resume_is_bitwise(tmp_path):
+@pytest.mark.parametrize("layout", [None, Layout(zero=1, offload=True, replicate_below=0)])
+def test_resume_is_bitwise(tmp_path, layout):
     for name in "ab":
         (tmp_path / name).mkdir()
-    whole = train(experiment(tmp_path / "a"), QUIET)
-    exp = experiment(tmp_path / "b", optimizer=Optimizer(peak_lr=1e-2, warmup_steps=2, decay_steps=12))
+    runtime = Runtime(layout=layout)
+    whole = train(experiment(tmp_path / "a", runtime=runtime), QUIET)
+    slow = Optimizer(peak_lr=1e-2, warmup_steps=2, decay_steps=12)
+    exp = experiment(tmp_path / "b", runtime=runtime, optimizer=slow)
     train(replace(exp, steps=8), QUIET)
     resumed = train(exp, QUIET)
     assert equal(whole.params, resumed.params)
