@@ -254,7 +254,7 @@ def _pods(axes: Any) -> None:
         axes.plot(chips, y, "-" if tokens == 8192 else ":", color="C0", label=f"arithmetic, {tokens:,} tokens per chip")
     found = [seconds(MODELS["8B"], "v5e", 1.0, 256, n) for n in PODS]
     axes.plot(chips, [f["weights"] for f in found], "--", color="C1", label="weights, links of a pod")
-    axes.set_ylim(bottom=2e-3)
+    axes.set_ylim(2e-3, 30)
     axes.plot(chips[1:], [f["network"] for f in found[1:]], "-.", color="C3", label="gradients, network between pods")
 
 

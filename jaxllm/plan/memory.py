@@ -86,8 +86,8 @@ _VALUE = re.compile(r"^ value: <\d+ ([^ ]+?)(?:\{(\d*)[\d,]*\})?( \(phi\))? @\d+
 def allocations(text: str) -> list[Allocation]:
     """The allocations in the compiler's "buffer-assignment" text. Raises ValueError when it holds none.
 
-    Thread-local ones are left out: the view that an asynchronous computation (a gather on SparseCore) has of buffers that
-    its caller holds.
+    Thread-local ones are left out: what an asynchronous computation (a gather on SparseCore) sees of buffers that its
+    caller holds.
     """
     out: list[Allocation] = []
     head: re.Match[str] | None = None
