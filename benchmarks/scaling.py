@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
@@ -172,7 +173,7 @@ def compile_points(wanted: Iterable[str], kept: Path) -> None:
 
 def compiled_table(found: dict[str, Any]) -> Table:
     """Compiled figures beside those of the formula."""
-    table = Table("compiled", "tokens/chip", "layout", "GiB", "formula", "XLA + kernels s", "formula", "wire GB",
+    table = _table("compiled", "tokens/chip", "layout", "GiB", "formula", "XLA + kernels s", "formula", "wire GB",
                   "formula", "links s", "compile CPU s")  # fmt: skip
     for name, made in found.items():
         point = POINTS[name]
@@ -253,10 +254,16 @@ def _pods(axes: Any) -> None:
         axes.plot(chips, y, "-" if tokens == 8192 else ":", color="C0", label=f"arithmetic, {tokens:,} tokens per chip")
     found = [seconds(MODELS["8B"], "v5e", 1.0, 256, n) for n in PODS]
     axes.plot(chips, [f["weights"] for f in found], "--", color="C1", label="weights, links of a pod")
+    axes.set_ylim(2e-3, 30)
     axes.plot(chips[1:], [f["network"] for f in found[1:]], "-.", color="C3", label="gradients, network between pods")
 
 
 # ------------------------------------------------------------------------------------------------------------- main
+
+
+def _table(*columns: str) -> Table:
+    """A table to be pasted into a document."""
+    return Table(*columns, box=MARKDOWN)
 
 
 def main() -> None:
@@ -266,26 +273,26 @@ def main() -> None:
     kept, console = HERE / "scaling.json", Console(width=160)
     compile_points(POINTS if options.compile == ["all"] else options.compile, kept)
     found = json.loads(kept.read_text()) if kept.exists() else {}
-    table = Table("model", "slice", "chips", "tokens/chip", "layout", "micro-batches", "GiB", "step s", "MFU")
+    table = _table("model", "slice", "chips", "tokens/chip", "layout", "micro-batches", "GiB", "step s", "MFU")
     for name in MODELS:
         for target in map(parse, CUBES):
             table.add_row(*strong(name, target))
     console.print(table)
     console.print(compiled_table(found))
-    least = Table("model", *(f"{chip}, {n:,} chips" for chip, n in (("v5e", 256), ("v5p", 4096), ("v6e", 256))))
+    least = _table("model", *(f"{chip}, {n:,} chips" for chip, n in (("v5e", 256), ("v5p", 4096), ("v6e", 256))))
     for name, model in MODELS.items():
         least.add_row(
             name, *(f"{least_tokens(model, c, n):,.0f}" for c, n in (("v5e", 256), ("v5p", 4096), ("v6e", 256)))
         )
     console.print("tokens per chip and micro-batch below which gathering weights takes longer than arithmetic:", least)
-    across = Table("8B on v5e", "chips", "arithmetic s, 8,192 tokens/chip", "weights s", "network s")
+    across = _table("8B on v5e", "chips", "arithmetic s, 8,192 tokens/chip", "weights s", "network s")
     for n in PODS:
         made = seconds(MODELS["8B"], "v5e", 8192, 256, n)
         across.add_row(
             f"{n} x 16x16", f"{256 * n:,}", *(f"{made[k]:.3f}" for k in ("arithmetic", "weights", "network"))
         )
     console.print(across)
-    smallest = Table("smallest slice by memory", "v5e", "v5p", "v6e")
+    smallest = _table("smallest slice by memory", "v5e", "v5p", "v6e")
     for name, model in MODELS.items():
         smallest.add_row(name, *(least_slice(model, chip) for chip in ("v5e", "v5p", "v6e")))
     console.print(smallest)

@@ -354,9 +354,15 @@ def _gathers(stored: PartitionSpec, used: PartitionSpec) -> Specs:
 
 
 def _scatters(stored: PartitionSpec, used: PartitionSpec) -> Specs:
-    """Layouts of a gradient on the way to `stored`: over what shares the batch with DATA, DATA but its last, all."""
+    """Layouts of a gradient on the way to `stored`: over what shares the batch with DATA, DATA but its last, all.
+
+    Where three axes of DATA are long, one at a time: over two at once the compiler all-reduces from 64 chips on.
+    """
     first = (_without(stored, DATA),) if _shared(stored, used) else ()
-    return (*first, _without(stored, _last(stored)), stored)
+    sizes = mesh_sizes()
+    wide = DATA[2] in axes_in(stored) and sizes[DATA[0]] * sizes[DATA[1]] >= 64
+    one = (_without(stored, DATA[1:]),) if wide else ()
+    return (*first, *one, _without(stored, _last(stored)), stored)
 
 
 def _last(spec: PartitionSpec) -> tuple[str, ...]:

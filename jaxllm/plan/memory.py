@@ -84,13 +84,17 @@ _VALUE = re.compile(r"^ value: <\d+ ([^ ]+?)(?:\{(\d*)[\d,]*\})?( \(phi\))? @\d+
 
 
 def allocations(text: str) -> list[Allocation]:
-    """The allocations in the compiler's "buffer-assignment" text. Raises ValueError when it holds none."""
+    """The allocations in the compiler's "buffer-assignment" text. Raises ValueError when it holds none.
+
+    Thread-local ones are left out: what an asynchronous computation (a gather on SparseCore) sees of buffers that its
+    caller holds.
+    """
     out: list[Allocation] = []
     head: re.Match[str] | None = None
     buffers: list[Buffer] = []
 
     def close() -> None:
-        if head is not None:
+        if head is not None and "thread-local" not in head[2]:
             colour, parameter = (re.search(rf"\b{key} (\d+)", head[2]) for key in ("color", "parameter"))
             numbers = int(colour[1]) if colour else 0, int(parameter[1]) if parameter else None
             out.append(Allocation(int(head[1]), *numbers, "preallocated-temp" in head[2], tuple(buffers)))

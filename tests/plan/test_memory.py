@@ -53,6 +53,8 @@ def test_reading_allocations():
         "BufferAssignment:\n"
         "allocation 0: size 64, page 0, parameter 3, shape |f32[16]| at ShapeIndex {}:\n"
         " value: <1 p @0> (size=64,offset=0): f32[16]{0}\n"
+        "allocation 2: size 4096, page 0, thread-local:\n"
+        " value: <4 param_0.1 @0> (size=4096,offset=0): bf16[2048]{0}\n"
         "allocation 1: size 512, color 1, page 0, preallocated-temp:\n"
         " value: <2 while.1{2} (phi) @0> (size=8,offset=16): s32[2]{0}\n"
         "Total bytes"
