@@ -12,10 +12,11 @@ from architectures import COVERING, SPECS, every_architecture, params_of, tokens
 from jaxllm import cache
 from jaxllm.config import MoE
 from jaxllm.leaves import Adapted, dense, is_weight, quantise
+from jaxllm.mesh import make_mesh
 from jaxllm.params import map_params, unstack
 from jaxllm.records import Inputs, inputs
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import Layout, make_mesh, storage_shardings
+from jaxllm.sharding import Layout, storage_shardings
 from jaxllm.transformer import forward, logits, transformer_params
 
 PLAIN = Runtime()

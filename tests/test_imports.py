@@ -9,10 +9,10 @@ import jaxllm
 
 ROOT = Path(jaxllm.__file__).parent
 ROOMS = [
-    "config", "serial", "host", "params", "lowered", "leaves", "sharding", "remat", "runtime", "records", "cache",
-    "kernels", "nn", "rules", "transformer", "encoder_decoder", "vision", "two_tower", "vision_language", "flax_model",
-    "architectures", "apply", "flops", "show_mask", "models", "experiment", "data", "convert", "objectives", "decode",
-    "train", "model", "conversion", "plan", "doctor", "cli",
+    "config", "serial", "host", "params", "lowered", "leaves", "sharding", "mesh", "remat", "runtime", "records",
+    "cache", "kernels", "nn", "rules", "transformer", "encoder_decoder", "vision", "two_tower", "vision_language",
+    "flax_model", "architectures", "apply", "flops", "show_mask", "models", "experiment", "data", "convert",
+    "objectives", "decode", "train", "model", "conversion", "plan", "doctor", "cli",
 ]  # fmt: skip
 
 

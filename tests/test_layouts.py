@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxllm.experiment import Balance, Optimizer
+from jaxllm.mesh import make_mesh, slices_of, torus_of
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.nn.context import in_ring_order
 from jaxllm.nn.pipeline import require_stages
@@ -19,7 +20,7 @@ from jaxllm.plan.hlo import parse
 from jaxllm.plan.program import program
 from jaxllm.records import Batch, inputs
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import DATA, MESH_AXES, Layout, at_work, make_mesh, partition, slices_of, storage, torus_of
+from jaxllm.sharding import DATA, MESH_AXES, Layout, at_work, partition, storage
 from jaxllm.train.optimizer import make_optimizer
 from jaxllm.train.step import abstract_batch, abstract_state, batch_sharding, compiled, init_state, make_step
 from jaxllm.transformer import block_params, forward, transformer_params

@@ -15,11 +15,12 @@ from jaxllm import serial
 from jaxllm.convert.hf import load_folder
 from jaxllm.data.train_tokenizer import train_tokenizer
 from jaxllm.experiment import Data, Experiment, Source
+from jaxllm.mesh import make_mesh
 from jaxllm.model import GGUFFile, HuggingFaceFolder, Run, load, locate, logits, spec_of
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.params import init, map_params
 from jaxllm.records import TrainState
-from jaxllm.sharding import Layout, make_mesh, storage_shardings
+from jaxllm.sharding import Layout, storage_shardings
 from jaxllm.train.checkpoint import CHECKPOINTS, Checkpointer
 from jaxllm.transformer import transformer_params
 

@@ -172,7 +172,8 @@ from jaxllm import rules
 from jaxllm.convert import hf
 from jaxllm.convert.safetensors_io import open_folder
 from jaxllm.models.llama import llama
-from jaxllm.sharding import Layout, make_mesh, storage_shardings
+from jaxllm.mesh import make_mesh
+from jaxllm.sharding import Layout, storage_shardings
 from jaxllm.transformer import transformer_params
 
 spec, folder = llama("big", (4, 1024, 8, 4, 128, 16_000, 4096), tied=True), sys.argv[1]

@@ -15,14 +15,11 @@ Heads come first here, [B * N, T, H]; `schedule.py` says which blocks are visite
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
@@ -35,7 +32,6 @@ from jaxllm.kernels.call import (
     Part,
     dot,
     kernel_rows,
-    may_meet,
     operands,
     padded,
     part_call,
@@ -46,11 +42,11 @@ from jaxllm.kernels.call import (
     unpadded,
 )
 from jaxllm.kernels.modifiers import NONE, Modifiers
-from jaxllm.kernels.pattern import allowed, by_distance
 from jaxllm.kernels.reference import MASKED
-from jaxllm.kernels.schedule import FIRST, LAST, Piece, Schedule, schedule
-from jaxllm.kernels.tpu_blocks import SCALARS, Fixed, Guide, flat, make_guide, make_layout, present, unpack
-from jaxllm.kernels.tpu_sizes import Sizes, Tile, sizes
+from jaxllm.kernels.schedule import Piece, Schedule, schedule
+from jaxllm.kernels.tpu_blocks import SCALARS, Fixed, make_guide, make_layout, present, unpack
+from jaxllm.kernels.tpu_pieces import Work, compute, hide, lean, step_at, within
+from jaxllm.kernels.tpu_sizes import Sizes, sizes
 from jaxllm.records import Mask
 
 ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a b^T
@@ -114,109 +110,6 @@ def part_backward(
     return unpadded(grads.q, call.N, call.T), dk, dv
 
 
-# ------------------------------------------------------------------------------------------------------ inside a block
-
-
-class Step(NamedTuple):
-    """One grid step: its code, its blocks, its row's prefix, its head's slope, and key segments as a column."""
-
-    code: Any
-    query: Any
-    key: Any
-    prefix: Any
-    slope: Any
-    column: Any
-
-
-def _step(call: Call, guide: Guide, visits: int, head: Any, visit: Any, column: Any) -> Step:
-    at = flat(call, visits, head, visit)
-    prefix = guide.prefix[head // call.N] if call.arrays.prefix else None
-    slope = guide.slope[head % call.N] if call.alibi else None
-    return Step(guide.code[at], guide.query[visit], guide.fetch[at], prefix, slope, column)
-
-
-class Work(NamedTuple):
-    """What a kernel does with a query block: begin, `score` and `absorb` each piece of each visit, end.
-
-    absorb: gets the piece, and what `score` made of it.
-    """
-
-    begin: Callable[[], None]
-    score: Callable[[Piece], tuple[Any, ...]]
-    absorb: Callable[..., None]
-    end: Callable[[], None]
-
-
-def _compute(call: Call, plan: Schedule, step: Step, ahead: int, segment: Any, work: Work) -> None:
-    """Runs what the step's code says: `score` of later pieces before `absorb` of this one.
-
-    A variant whose visits are all the first, or all the last, of their query block begins or ends it in the same
-    stretch of code, where that overlaps with the products.
-    """
-    numbers = range(1, len(plan.variants) + 1)
-    shared = {number: 0 if any(call.arrays) else _shared_edge(plan, number) for number in numbers}
-
-    def body(number: int) -> None:
-        variant, edge = plan.variants[number - 1], shared[number]
-        if edge & FIRST:
-            work.begin()
-        if variant.arrays and segment is not None:
-            step.column[...] = jnp.broadcast_to(segment[...], step.column.shape[::-1]).T
-        pending = [work.score(piece) for piece in variant.pieces[:ahead]]
-        for n, piece in enumerate(variant.pieces):
-            pending += [work.score(later) for later in variant.pieces[n + ahead : n + ahead + 1]]
-            work.absorb(piece, *pending.pop(0))
-        if edge & LAST:
-            work.end()
-
-    def apart(edge: int) -> Any:
-        """Whether this visit is at such an edge, and its variant does not see to it."""
-        seen_to = [step.code >> 2 == number for number in numbers if shared[number] & edge]
-        return reduce(lambda at, other: at & jnp.logical_not(other), seen_to, (step.code & edge) != 0)
-
-    pl.when(apart(FIRST))(work.begin)
-    for number in numbers:
-        pl.when(step.code >> 2 == number)(partial(body, number))
-    pl.when(apart(LAST))(work.end)
-
-
-def _shared_edge(plan: Schedule, number: int) -> int:
-    """The edges that all visits of a variant have in common."""
-    edges = plan.visits.edge[plan.visits.variant == number]
-    return int(np.bitwise_and.reduce(edges)) if edges.size else 0
-
-
-def _within(piece: Piece, tile: Tile) -> tuple[Any, Any]:
-    """The piece's queries and keys in its block."""
-    return pl.ds(piece.q, piece.queries), pl.ds(piece.k, tile.k)
-
-
-def _lean(call: Call, step: Step, piece: Piece, s: Array) -> Array:
-    """Scores [keys, queries] of the piece, with slope * (key - query) added where there are slopes."""
-    if not call.alibi:
-        return s
-    first = (step.key * call.block_k + piece.k) - (step.query * call.block_q + piece.q)
-    distance = lax.broadcasted_iota(jnp.int32, s.shape, 0) - lax.broadcasted_iota(jnp.int32, s.shape, 1)
-    return s + step.slope * (distance + first).astype(jnp.float32)
-
-
-def _hide(call: Call, step: Step, q_segment: Any, piece: Piece, s: Array) -> Array:
-    """Scores [keys, queries] of the piece, with MASKED where the pair may not meet."""
-    if piece.mask is None:
-        return s
-    q0, k0 = step.query * call.block_q + piece.q, step.key * call.block_k + piece.k
-    q, k = (lax.broadcasted_iota(jnp.int32, s.shape, axis) for axis in (1, 0))
-    # one difference serves every piece, where only distances count
-    seen = allowed(piece.mask, q - k + (q0 - k0), 0) if by_distance(piece.mask) else allowed(piece.mask, q + q0, k + k0)
-    column = row = None
-    if call.arrays.k_segment:
-        column = step.column[pl.ds(piece.k, s.shape[0]), :]
-        column = jnp.concatenate([column] * (piece.queries // column.shape[1]), axis=1)
-    if q_segment is not None:
-        row = q_segment[:, pl.ds(piece.q, piece.queries)]
-    return jnp.where(may_meet(call, seen, k + k0, step.prefix, row, column), s, MASKED)
-
-
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
@@ -224,7 +117,7 @@ def _forward_kernel(call: Call, cut: Sizes, plan: Schedule, *refs: Any) -> None:
     """Grid (B * N, visits)."""
     guide, x, (o_ref, lse_ref, q_folded, top, total, sums, column) = unpack(call, refs)
     tile = cut.forward
-    step = _step(call, guide, len(plan.visits.q), pl.program_id(0), pl.program_id(1), column)
+    step = step_at(call, guide, len(plan.visits.q), pl.program_id(0), pl.program_id(1), column)
 
     def begin() -> None:
         q_folded[...] = (x.q[...].astype(jnp.float32) * call.fold).astype(q_folded.dtype)
@@ -233,12 +126,12 @@ def _forward_kernel(call: Call, cut: Sizes, plan: Schedule, *refs: Any) -> None:
         sums[...] = jnp.zeros_like(sums)
 
     def score(piece: Piece) -> tuple[Array]:
-        at, keys = _within(piece, tile)
-        s = _lean(call, step, piece, scores(call, dot(x.k[keys, :], q_folded[at, :], ROWS_BY_ROWS))[0])
-        return (_hide(call, step, x.q_segment, piece, s),)
+        at, keys = within(piece, tile)
+        s = lean(call, step, piece, scores(call, dot(x.k[keys, :], q_folded[at, :], ROWS_BY_ROWS))[0])
+        return (hide(call, step, x.q_segment, piece, s),)
 
     def absorb(piece: Piece, s: Array) -> None:
-        at, keys = _within(piece, tile)
+        at, keys = within(piece, tile)
         old, v = top[:, at], x.v[keys, :]
         new = jnp.maximum(old, s.max(0, keepdims=True))
         p, shrink = jnp.exp2(s - new), jnp.exp2(old - new)
@@ -252,7 +145,7 @@ def _forward_kernel(call: Call, cut: Sizes, plan: Schedule, *refs: Any) -> None:
         o_ref[...] = (sums[...] * jnp.where(seen, 1.0 / divisor, 0.0)).astype(o_ref.dtype).T
         lse_ref[...] = jnp.where(seen, top[...] + jnp.log2(divisor), -MASKED)
 
-    _compute(call, plan, step, tile.ahead, x.k_segment, Work(begin, score, absorb, end))
+    compute(call, plan, step, tile.ahead, x.k_segment, Work(begin, score, absorb, end))
 
 
 def _column(call: Call) -> Any:
@@ -319,7 +212,7 @@ def _backward_kernel(call: Call, cut: Sizes, plan: Schedule, first_key: int, mor
     dq_ref, dk_ref, dv_ref, q_folded, delta, dq, dk, dv, column = rest
     tile, (kv_head, g, visit) = cut.backward, map(pl.program_id, range(3))
     visits, G = len(plan.visits.q), call.N // call.K
-    step = _step(call, guide, visits, kv_head * G + g, visit, column)
+    step = step_at(call, guide, visits, kv_head * G + g, visit, column)
 
     @pl.when((g == 0) & (visit == 0))
     def _begin_head() -> None:
@@ -332,14 +225,14 @@ def _backward_kernel(call: Call, cut: Sizes, plan: Schedule, first_key: int, mor
         dq[...] = jnp.zeros_like(dq)
 
     def score(piece: Piece) -> tuple[Any, ...]:
-        at, keys = _within(piece, tile)
+        at, keys = within(piece, tile)
         s, t = scores(call, dot(x.k[keys, :], q_folded[at, :], ROWS_BY_ROWS))
-        s = _lean(call, step, piece, s)
+        s = lean(call, step, piece, s)
         dp = dot(x.v[keys, :], do_ref[at, :], ROWS_BY_ROWS)
-        return _hide(call, step, x.q_segment, piece, s), dp, t
+        return hide(call, step, x.q_segment, piece, s), dp, t
 
     def absorb(piece: Piece, s: Array, dp: Array, t: Array | None) -> None:
-        at, keys = _within(piece, tile)
+        at, keys = within(piece, tile)
         start = (step.key - first_key) * call.block_k + piece.k
         rows = pl.ds(pl.multiple_of(start, tile.k), tile.k)
         p = jnp.exp2(s - lse_ref[:, at])
@@ -353,7 +246,7 @@ def _backward_kernel(call: Call, cut: Sizes, plan: Schedule, first_key: int, mor
         part = dq[...] * call.scale
         dq_ref[...] = (part if so_far is None else part + so_far[...].T).astype(dq_ref.dtype).T
 
-    _compute(call, plan, step, tile.ahead, x.k_segment, Work(begin, score, absorb, end))
+    compute(call, plan, step, tile.ahead, x.k_segment, Work(begin, score, absorb, end))
 
     @pl.when((g == G - 1) & (visit == visits - 1))
     def _end_head() -> None:

@@ -24,9 +24,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jaxllm.experiment import Experiment, saved
+from jaxllm.mesh import make_mesh
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.plan.topology import Slice, parse
-from jaxllm.sharding import Layout, make_mesh
+from jaxllm.sharding import Layout
 from jaxllm.train.optimizer import make_optimizer, master_params
 from jaxllm.train.scaling import scaling_of
 from jaxllm.train.step import abstract_batch, abstract_state, make_step

@@ -20,10 +20,11 @@ from jaxllm.data.corpus import Corpus
 from jaxllm.data.packing import Packing
 from jaxllm.data.source import Finite
 from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.mesh import make_mesh
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.records import Batch
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import Layout, make_mesh
+from jaxllm.sharding import Layout
 from jaxllm.train.dataset import validation_batch
 from jaxllm.train.metrics import by_channel
 

@@ -25,12 +25,13 @@ from jaxllm.data.mixture import epochs_at
 from jaxllm.data.tokenizer import check_match
 from jaxllm.experiment import Experiment, check_resume, saved
 from jaxllm.flops import peak_flops, train_flops_per_token
+from jaxllm.mesh import make_mesh
 from jaxllm.nn.moe import correct_routers
 from jaxllm.nn.pipeline import require_stages
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.params import count
 from jaxllm.records import Batch, Params, TrainState
-from jaxllm.sharding import Layout, make_mesh, require_length, row_unit
+from jaxllm.sharding import Layout, require_length, row_unit
 from jaxllm.train.checkpoint import CHECKPOINTS, Checkpointer, restore
 from jaxllm.train.dataset import Dataset, prepare, train_batch
 from jaxllm.train.evaluate import Evaluate, evaluate, make_evaluate

@@ -13,8 +13,9 @@ from jaxllm.decode.layout import spread
 from jaxllm.decode.rules import GREEDY, Sampling
 from jaxllm.decode.sample import generate
 from jaxllm.decode.stream import Decoder
+from jaxllm.mesh import make_mesh
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import Layout, make_mesh, storage_shardings
+from jaxllm.sharding import Layout, storage_shardings
 from jaxllm.transformer import transformer_params
 
 LAYOUTS = {

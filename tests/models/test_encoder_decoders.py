@@ -15,13 +15,14 @@ from jaxllm import encoder_decoder as ed
 from jaxllm.architectures import model_params
 from jaxllm.config import GLU, MLP, EncoderDecoder
 from jaxllm.decode.weights import prepare
+from jaxllm.mesh import make_mesh
 from jaxllm.models.families import FAMILIES, family_of_spec, settled, spec_of_config
 from jaxllm.models.presets import ENCODER_DECODERS, toy_encoder_decoder
 from jaxllm.params import unstack
 from jaxllm.records import Inputs, inputs
 from jaxllm.rules import wanted
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import Layout, make_mesh
+from jaxllm.sharding import Layout
 from tests.models.support import GOLDENS, close, config_of, load, noisy
 
 FOLDERS = ["t5_v1_1", "bart"]

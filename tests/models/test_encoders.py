@@ -15,13 +15,14 @@ from safetensors.numpy import load_file, save_file
 import jaxllm
 from jaxllm.architectures import model_params
 from jaxllm.config import BigBird, Classifier, Full, Longformer, Transform
+from jaxllm.mesh import make_mesh
 from jaxllm.models.families import FAMILIES, family_of_spec, settled, spec_of_config
 from jaxllm.models.presets import PRESETS, toy
 from jaxllm.params import count, unstack
 from jaxllm.records import Inputs, inputs
 from jaxllm.rules import wanted
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import Layout, make_mesh
+from jaxllm.sharding import Layout
 from jaxllm.transformer import forward
 from tests.models.support import GOLDENS, close, config_of, load, noisy
 

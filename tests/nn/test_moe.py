@@ -10,13 +10,14 @@ import pytest
 
 from jaxllm.config import GLU, GQA, MLP, Block, MoE, RMSNorm, Rope, Router, Transformer, decoder
 from jaxllm.leaves import Adapted, dense, quantise
+from jaxllm.mesh import make_mesh
 from jaxllm.nn.dispatch import room
 from jaxllm.nn.moe import capacity, correct_routers, moe, route, statistics
 from jaxllm.nn.moe import ffn_params as params_of
 from jaxllm.params import map_params
 from jaxllm.records import inputs
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import Layout, make_mesh, use
+from jaxllm.sharding import Layout, use
 from jaxllm.transformer import forward, transformer_params
 
 D, E = 12, 8

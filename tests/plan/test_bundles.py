@@ -19,6 +19,7 @@ from jaxllm.kernels.flash_tpu import flash_tpu
 from jaxllm.kernels.ring import Ring, ring_attention
 from jaxllm.kernels.schedule import Arrays, Shape, schedule
 from jaxllm.kernels.tpu_sizes import Sizes, Tile
+from jaxllm.mesh import make_mesh
 from jaxllm.plan import bundles, kernels
 from jaxllm.plan.compile import environment
 from jaxllm.plan.kernels import Call, call_of
@@ -27,7 +28,7 @@ from jaxllm.plan.scalar_unit import Undecided, function_of
 from jaxllm.plan.steering import steering
 from jaxllm.plan.topology import CHIPS
 from jaxllm.records import Mask
-from jaxllm.sharding import Layout, make_mesh
+from jaxllm.sharding import Layout
 
 # A loop of three turns, whose body is four bundles longer when the prefetched number is not 0.
 KERNEL = """

@@ -13,9 +13,10 @@ from tiny import experiment
 from jaxllm import serial
 from jaxllm.config import GLU, GQA, Block, LMHead, RMSNorm, Rope, Transformer, decoder
 from jaxllm.experiment import Checkpointing, LossScale, Optimizer, check_resume
+from jaxllm.mesh import make_mesh
 from jaxllm.params import Normal, Param
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import Layout, make_mesh
+from jaxllm.sharding import Layout
 from jaxllm.train.loop import train
 from jaxllm.train.metrics import read_metrics
 from jaxllm.train.moments import Coded, block_axis, coded_bytes, decode, encode, is_coded, is_matrix, to_bfloat16

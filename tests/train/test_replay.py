@@ -10,9 +10,10 @@ from rich.console import Console
 from tiny import experiment
 
 from jaxllm.config import GLU, GQA, MLP, Block, LayerNorm, RMSNorm, Rope, Stack, Transformer
+from jaxllm.mesh import make_mesh
 from jaxllm.params import init
 from jaxllm.runtime import Runtime
-from jaxllm.sharding import Layout, make_mesh
+from jaxllm.sharding import Layout
 from jaxllm.train import loop
 from jaxllm.train.dataset import prepare, train_batch
 from jaxllm.train.loop import train
