@@ -94,8 +94,8 @@ def test_places_follow_the_forward_pass():
 def test_a_run_that_stops_names_the_layer(tmp_path, monkeypatch):
     original = loop.init_state
 
-    def planted(tree, optimizer, key):
-        state = original(tree, optimizer, key)
+    def planted(tree, optimizer, key, **how):
+        state = original(tree, optimizer, key, **how)
         return replace(state, params=spoiled(state.params, "stacks/0/0/ffn/down/kernel", (1, 0, 0), jnp.nan))
 
     monkeypatch.setattr(loop, "init_state", planted)
