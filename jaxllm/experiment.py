@@ -76,10 +76,11 @@ class LossScale:
     def __post_init__(self) -> None:
         if not 0 < self.floor <= self.start <= 2.0**24:
             raise ValueError(
-                f"optimizer.loss_scale: must be 0 < floor <= start <= 2**24, got floor={self.floor}, start={self.start}"
+                f"optimizer.loss_scale: must be 0 < floor <= start <= 2**24, got floor={self.floor}, "
+                f"start={self.start}; usual are floor=1, start=32768"
             )
         if self.growth_every < 1:
-            raise ValueError(f"optimizer.loss_scale.growth_every={self.growth_every} must be at least 1")
+            raise ValueError(f"optimizer.loss_scale.growth_every={self.growth_every} must be at least 1; 2000 is usual")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ the forward one and a gradient's. (Scales per row and column are finer, but each
 every operand is read and rounded twice: on TPU v6e that took longer than int8 saved.) Scales are of the tensors at
 hand; delayed ones would save one reading of an operand, for a history in the state of every product. All three products
 of a layer are in 8 bits; masters, norms, attention and sums over micro-batches are not.
+
+Unusual, and the price of one scale: a row of a batch is rounded by the greatest value of all rows, so that batch mates
+are not quite invisible. Hence validation does without.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def rounded(x: Float[Array, ...], dtype: Any) -> Rounded:
     whole = jnp.issubdtype(dtype, jnp.integer)
     top = 127.0 if whole else float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
-    scale = jnp.where(largest == 0, 1.0, largest / top)
+    scale = jnp.where(largest == 0, 1.0, jnp.maximum(largest / top, jnp.finfo(jnp.float32).tiny))
     shares = x.astype(jnp.float32) / scale
     return Rounded((jnp.round(shares) if whole else shares).astype(dtype), scale)
 

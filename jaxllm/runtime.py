@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxllm.lowered import Kind
 from jaxllm.remat import Name, Remat, require_valid
@@ -27,8 +27,8 @@ class Runtime:
     layout: None on one device.
     taps: names of intermediates that `forward` returns in `aux.taps`: "residual" (each block's input), "attn", "ffn".
     vocab_chunk: columns of logits that the loss holds at a time.
-    matmul: "int8" and "fp8" multiply the kernels of layers in 8 bits while training, in both passes (`jaxllm.lowered`);
-        experts, routers, embedding and head are left out.
+    matmul: "int8" and "fp8" multiply the kernels of layers in 8 bits, in both passes (`jaxllm.lowered`);
+        validation does not, and experts, routers, embedding and head are left out.
     experts: how dropless mixtures are computed: "grouped" sorts tokens by expert, "dense" lets every expert see all.
     """
 
@@ -44,4 +44,12 @@ class Runtime:
     matmul: Literal["default"] | Kind = "default"
 
     def __post_init__(self) -> None:
+        for field in ("remat", "offload"):
+            if isinstance(names := getattr(self, field), list):
+                object.__setattr__(self, field, tuple(names))
+        if isinstance(self.offload, str):
+            raise ValueError(f"runtime.offload={self.offload!r} must be a tuple of names; write ({self.offload!r},)")
+        kinds = ("default", *get_args(Kind))
+        if self.matmul not in kinds:
+            raise ValueError(f"runtime.matmul={self.matmul!r} must be one of {', '.join(kinds)}")
         require_valid(self.remat, self.offload)

@@ -90,27 +90,55 @@ def override(value: Any, assignments: Iterable[str]) -> Any:
     Tuples are addressed by index (`data.sources.0.weight=2`). "none" gives None where the type allows it.
     Raises ValueError for an unknown path (naming the nearest valid one) or a text of the wrong type.
     """
+    changes: dict[str, Any] = {}
     for assignment in assignments:
         path, eq, text = assignment.partition("=")
         if not eq:
             raise ValueError(f"override {assignment!r} must look like path=value, e.g. optimizer.peak_lr=3e-4")
-        value = _set(value, path.split("."), text, path, value)
-    return value
+        if not _put(changes, path.split("."), text):  # a field of what an earlier one replaces, or the other way round
+            value, changes = _changed(value, changes, "", value), {}
+            _put(changes, path.split("."), text)
+    return _changed(value, changes, "", value)
 
 
-def _set(value: Any, keys: list[str], text: str, path: str, root: Any) -> Any:
-    key, rest = keys[0], keys[1:]
+def _put(changes: dict[str, Any], keys: list[str], text: str) -> bool:
+    """Note a text under its path; False when part of the path, or something below it, is noted already."""
+    *above, last = keys
+    for key in above:
+        changes = changes.setdefault(key, {})
+        if not isinstance(changes, dict):
+            return False
+    if isinstance(changes.get(last), dict):
+        return False
+    changes[last] = text
+    return True
+
+
+def _changed(value: Any, changes: Mapping[str, Any], prefix: str, root: Any) -> Any:
+    """A record or tuple with all its changes at once: fields that belong together are checked together."""
+    new: dict[str, Any] = {}
+    for key, change in changes.items():
+        path = prefix + key
+        if isinstance(value, tuple):
+            if not key.isdigit() or int(key) >= len(value):
+                raise ValueError(f"override {path}: {key!r} must be an index below {len(value)}")
+            old, hint = value[int(key)], type(value[int(key)])
+        else:
+            if not dataclasses.is_dataclass(value) or key not in (hints := _hints(type(value))):
+                whole = path + _first_path(change)
+                raise ValueError(f"override: unknown path {whole!r}{_near(whole, _paths(root))}")
+            old, hint = getattr(value, key), hints[key]
+        below = isinstance(change, dict)
+        new[key] = _changed(old, change, f"{path}.", root) if below else _parse(change, hint, path)
     if isinstance(value, tuple):
-        if not key.isdigit() or int(key) >= len(value):
-            raise ValueError(f"override {path}: {key!r} must be an index below {len(value)}")
-        i = int(key)
-        new = _set(value[i], rest, text, path, root) if rest else _parse(text, type(value[i]), path)
-        return (*value[:i], new, *value[i + 1 :])
-    if not dataclasses.is_dataclass(value) or key not in (hints := _hints(type(value))):
-        raise ValueError(f"override: unknown path {path!r}{_near(path, _paths(root))}")
-    new = _set(getattr(value, key), rest, text, path, root) if rest else _parse(text, hints[key], path)
+        return tuple(new.get(str(i), x) for i, x in enumerate(value))
     record: Any = value
-    return dataclasses.replace(record, **{key: new})
+    return dataclasses.replace(record, **new)
+
+
+def _first_path(change: Any) -> str:
+    """The rest of the first path in nested changes."""
+    return next((f".{key}{_first_path(x)}" for key, x in change.items()), "") if isinstance(change, dict) else ""
 
 
 @cache
@@ -136,7 +164,9 @@ def _parse(text: str, hint: Any, path: str) -> Any:
                 return choice
         raise ValueError(f"override {path}={text}: must be one of {', '.join(map(str, args))}")
     if origin is tuple:
-        return tuple(_parse(part.strip(), args[0], path) for part in text.strip("[]").split(",") if part)
+        if args[0] is not str:  # brackets and spaces are a text's own
+            text = text.strip().removeprefix("[").removesuffix("]").replace(" ", "")
+        return tuple(_parse(part, args[0], path) for part in text.split(",") if part)
     return _scalar(text, hint, path)
 
 

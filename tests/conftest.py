@@ -11,6 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import itertools
+from pathlib import Path
 
 import jax
 import pytest
@@ -24,3 +25,14 @@ def getkey():
     """A function that gives another PRNG key at every call."""
     counter = itertools.count()
     return lambda: jax.random.fold_in(jax.random.key(1234), next(counter))
+
+
+MAPS, DONE = Path("/proc/self/maps"), itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """Compiled programs are memory maps, of which Linux gives a process 65,530; beyond them XLA's compiler crashes."""
+    yield
+    if next(DONE) % 20 == 0 and MAPS.exists() and MAPS.read_text().count("\n") > 30_000:
+        jax.clear_caches()

@@ -164,6 +164,22 @@ def test_stages_give_the_losses_of_one_device(name):
     assert_same(got, one_device(spec, 10, slow))
 
 
+def test_groups_of_a_stage_may_offload_what_they_save():
+    spec, layout, ids = deep(4), Layout(stage=2, groups=2, zero=0), batch_of(0).tokens_BT
+    params = init(transformer_params(spec), jax.random.key(0))
+
+    def gradients(runtime):
+        def loss(params):
+            return jnp.mean(jnp.square(forward(params, spec, inputs(ids), runtime).hidden_BTD))
+
+        return jax.device_get(jax.jit(jax.grad(loss))(params))
+
+    want = gradients(Runtime())
+    with jax.set_mesh(make_mesh(layout, jax.devices()[:2])):
+        got = gradients(Runtime(remat="full", offload=("stream",), layout=layout))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-9), got, want)
+
+
 def compiled_step(layout, spec):
     """Figures of the compiled step, and its mesh."""
     runtime, tree = Runtime(layout=layout, vocab_chunk=96), transformer_params(spec)

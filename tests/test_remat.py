@@ -35,12 +35,19 @@ def test_a_list_is_an_override_and_survives_json():
         ({"remat": ("quary",)}, "called 'quary'; did you mean 'query'.*names: stream, query"),
         ({"remat": "most"}, "'most' must be one of none, full, attention, dots, or a list"),
         ({"remat": "full", "offload": ("steam",)}, "runtime.offload: .* did you mean 'stream'"),
+        ({"remat": "full", "offload": "stream"}, r"must be a tuple of names; write \('stream',\)"),
+        ({"matmul": "int4"}, "must be one of default, int8, fp8"),
         ({"offload": ("stream",)}, 'remat="none" the compiler chooses.*set runtime.remat'),
     ],
 )
 def test_bad_lists(changes, message):
     with pytest.raises(ValueError, match=message):
         Runtime(**changes)
+
+
+def test_a_list_will_do():
+    listed = Runtime(remat=["query"], offload=["query"])
+    assert hash(listed) == hash(Runtime(remat=("query",), offload=("query",)))
 
 
 def test_a_bad_name_in_an_override_is_told_the_choices():

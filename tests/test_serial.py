@@ -7,6 +7,8 @@ import pytest
 from jaxllm import experiment, serial
 from jaxllm.experiment import Data, Experiment, Source, check_resume, load_config, resolve, saved
 from jaxllm.models.presets import PRESETS
+from jaxllm.runtime import Runtime
+from jaxllm.sharding import Layout
 
 
 def small(**changes):
@@ -71,6 +73,22 @@ def test_override(assignment, path, value):
 def test_bad_override_says_rule_value_and_cure(assignment, message):
     with pytest.raises(ValueError, match=message):
         serial.override(small(), [assignment])
+
+
+def test_what_belongs_together_is_changed_together():
+    """Fields that are only valid together, in whatever order; a record, then a field of it."""
+    for order in (("runtime.offload=stream", "runtime.remat=full"), ("runtime.remat=full", "runtime.offload=stream")):
+        assert serial.override(small(), order).runtime == Runtime(remat="full", offload=("stream",))
+    staged = small(runtime=Runtime(layout=Layout(stage=4, microbatches=4)))
+    more = serial.override(staged, ["runtime.layout.stage=8", "runtime.layout.microbatches=16"])
+    assert more.runtime.layout == Layout(stage=8, microbatches=16)
+    again = serial.override(staged, ["runtime.layout.stage=2", "runtime.layout=none"])
+    assert again.runtime.layout is None
+
+
+def test_texts_keep_their_brackets_and_spaces():
+    assert serial.override(small(), ["samples=[INST] hi [/INST]"]).samples == ("[INST] hi [/INST]",)
+    assert serial.override(small(), ["runtime.remat=[query, key]"]).runtime.remat == ("query", "key")
 
 
 def test_resolve_fills_derived_values_after_overrides():

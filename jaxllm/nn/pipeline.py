@@ -253,7 +253,7 @@ def _group(
     Of several groups each is recomputed as one: layer by layer, every turn would keep a copy of its group's weights.
     """
     runtime, several = given.runtime, isinstance(g, Array)
-    inside = given._replace(runtime=replace(runtime, remat="none") if several else runtime)
+    inside = given._replace(runtime=replace(runtime, remat="none", offload=()) if several else runtime)
 
     def run(weights: Any, g: Array | int, x: Array) -> tuple[Array, list[Any]]:
         x, out = layers(group_of(weights, g), cfg, x, inside)

@@ -223,7 +223,8 @@ def _dumped(job: Path, what: str) -> str:
     found = [p for p in (job / "dump").glob(f"*jit_step*{what}.txt") if ".cpu_" not in p.name]
     if not found:
         raise RuntimeError(
-            f"plan: this libtpu wrote no {what!r} text; known to work: jax 0.10.2 to 0.12 with its own libtpu"
+            f"plan: the compiler wrote no {what!r} text; known to work: jax 0.10.2 to 0.12 with its own libtpu or "
+            "CUDA plugin"
         )
     return max(found, key=lambda p: p.stat().st_size).read_text()
 

@@ -20,7 +20,7 @@ from jaxllm.plan.hlo import Module, Op, dims
 HBM = "default"  # the colour-0 memory space; others are on-chip (vmem, smem) or the host's
 
 PARTS = {
-    "parameters": "fp32 masters",
+    "parameters": "masters",
     "optimiser": "moments",
     "counters": "step counters",
     "inputs": "the batch",

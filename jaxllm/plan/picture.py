@@ -17,7 +17,8 @@ from jaxllm.show_mask import new_figure
 Named = Sequence[tuple[str, dict[str, Any]]]
 """Plans that fit, with what to call them: `estimate.to_json` of each."""
 
-_FIGURES = ("hbm_gib", "step_seconds", "xla_seconds", "pallas_seconds", "wire_seconds", "wire_gb", "mfu")
+_SECONDS = ("step_seconds", "xla_seconds", "pallas_seconds", "grouped_seconds", "wire_seconds")
+_FIGURES = ("hbm_gib", *_SECONDS, "wire_gb", "mfu")
 
 
 def draw(title: str, plans: Named, path: Path) -> None:
@@ -50,7 +51,8 @@ def _png(title: str, plans: Named) -> bytes:
     memory.set(title="memory per chip (GiB)", xlabel="plan")
     times = {
         "XLA": [p["xla_seconds"] for _, p in plans],
-        "Pallas kernels": [p["step_seconds"] - p["xla_seconds"] for _, p in plans],
+        "Pallas kernels": [p["step_seconds"] - p["xla_seconds"] - p["grouped_seconds"] for _, p in plans],
+        "grouped matmuls": [p["grouped_seconds"] for _, p in plans],
     }
     _bars(time, names, times)
     time.plot(names, [p["wire_seconds"] for _, p in plans], "k_", markersize=18, label="links, beside them")

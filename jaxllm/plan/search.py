@@ -35,7 +35,7 @@ from jaxllm.config import MoE
 from jaxllm.data.files import write_atomic
 from jaxllm.experiment import Experiment
 from jaxllm.plan.compile import prepare, versions
-from jaxllm.plan.info import declared, info
+from jaxllm.plan.info import declared, info, require_formula
 from jaxllm.plan.saved import ladder, recomputed_flops
 from jaxllm.plan.topology import Slice, names, parse
 from jaxllm.plan.zero import elements, step_bytes
@@ -166,7 +166,8 @@ def _admitted(exp: Experiment, target: Slice) -> Iterator[Experiment]:
         ways = target.devices // (tensor * sequence)
         for zero, remat in itertools.product((3, 1), ladder(exp.model)):
             layout = replace(own, data=None, replica=1, zero=zero, tensor=tensor, expert=expert, sequence=sequence)
-            runtime = replace(exp.runtime, layout=layout, remat=remat)
+            offload = () if remat == "none" else exp.runtime.offload
+            runtime = replace(exp.runtime, layout=layout, remat=remat, offload=offload)
             for accumulate in (2**i for i in range((exp.batch_size // max(ways, 1)).bit_length())):
                 try:
                     yield prepare(replace(exp, runtime=runtime, accumulate=accumulate), target)
@@ -252,18 +253,20 @@ class Offer:
 def offers(exp: Experiment, tokens: float, days: float, chips: tuple[str, ...] = ("v5e", "v5p", "v6e")) -> list[Offer]:
     """Slices on which the experiment sees `tokens` within `days`, by formula; fewest chip-hours first.
 
-    Raises ValueError when none does, with the fastest.
+    Raises ValueError when none does, with the fastest, and for layouts of whose memory no formula speaks.
     """
-    found = []
+    require_formula(exp.runtime.layout or Layout())
+    found, last = [], ""
     for target in (parse(name) for name in names() if name.split(":")[0] in chips):
         try:
             best = candidates(exp, target)[0]
-        except ValueError:
+        except ValueError as error:
+            last = f"{target.name}: {error}"
             continue
         seconds = tokens / (best.tokens_per_second * target.devices)
         found.append(Offer(best, seconds / 86400, seconds / 3600 * target.devices))
     if not found:
-        raise ValueError(f"cheapest: {exp.model.name} fits no slice of {', '.join(chips)}; reduce data.context")
+        raise ValueError(f"cheapest: {exp.model.name} fits no slice of {', '.join(chips)}; reduce data.context. {last}")
     in_time = sorted((o for o in found if o.days <= days), key=lambda o: o.chip_hours)
     if not in_time:
         fastest = min(found, key=lambda o: o.days)

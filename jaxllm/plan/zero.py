@@ -1,7 +1,7 @@
 """What a training step holds under ZeRO stages 0-3, by a formula that counts arrays.
 
-    arguments = 12 P_stored + 24 tokens                              fp32 masters, two moments, the batch's six arrays
-    temporary = weights + accumulators + saved + max(layer, loss)    all bytes per chip
+    arguments = 12 P_stored + 24 tokens      fp32 masters, two moments (less with fewer bits, or offloaded), the batch
+    temporary = weights + accumulators + saved + streamed + max(layer, loss)    all bytes per chip
 
 P is taken parameter by parameter from the layout's own tables (`sharding.partition`, `sharding.storage`). The heap is
 at its greatest either while the backward pass is in a layer or while it is in the loss; everything else lives through

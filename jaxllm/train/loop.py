@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -182,7 +182,8 @@ def set_up(exp: Experiment, console: Console, options: Options) -> Setup:
     peak = peak_flops(list(mesh.devices.flat))
     sharding = batch_sharding(runtime, mesh)
     _introduce(exp, data, mesh, peak, say)
-    return Setup(mesh, data, step, make_evaluate(exp.model, runtime, len(data.channels)), sharding, state, peak)
+    evaluate = make_evaluate(exp.model, replace(runtime, matmul="default"), len(data.channels))
+    return Setup(mesh, data, step, evaluate, sharding, state, peak)
 
 
 def _model_loss(

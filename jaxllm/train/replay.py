@@ -46,7 +46,8 @@ def explain(exp: Experiment, params: Params, batch: Batch, i: int) -> str:
         return f"replayed, its first activations that are not finite are those of {place}{held}"
     with jax.transfer_guard("allow"):
         key = jax.random.fold_in(jax.random.key(exp.seed), i)
-    bad = _bad(exp.model, _finite_gradients(*how, params, batch, key))
+        floor = jnp.float32(exp.optimizer.loss_scale.floor)  # where an overflow is a bad step
+    bad = _bad(exp.model, _finite_gradients(*how, params, batch, key, floor))
     if not bad:
         return "replayed, it is finite: the fault does not repeat, so suspect the machine before the model"
     last = max(bad.values())
@@ -128,13 +129,14 @@ def _finite_gradients(
     params: Params,
     batch: Batch,
     key: Key[Array, ""],
+    floor: Float[Array, ""],
 ) -> dict[str, Bool[Array, "*L"]]:
-    """The same of the gradients' squares: in their sum, the norm, these overflow first."""
+    """The same of the gradients' squares: in their sum, the norm, these overflow first. floor: of float16's scale."""
 
     def loss(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], dict[str, Array]]:
         return lm_loss(params, spec, batch, runtime, key, balance=balance)
 
-    scale = jnp.ones(()) if runtime.compute_dtype == "float16" else None  # there the sum over tokens would overflow
+    scale = floor if runtime.compute_dtype == "float16" else None  # there the sum over tokens would overflow
     grads = gradients(loss, transformer_params(spec), params, batch, key, runtime, accumulate, scale)[2]
     return _finite_weights(spec, runtime, jax.tree.map(jnp.square, grads))
 

@@ -56,6 +56,18 @@ def test_a_known_cell_is_predicted():
     assert one.seconds == pytest.approx(3.8, rel=0.15)
 
 
+def test_an_offload_is_kept_where_something_is_saved():
+    offloading = replace(EXP, runtime=replace(EXP.runtime, remat="full", offload=("stream",)))
+    found = {c.exp.runtime.remat: c.exp.runtime.offload for c in candidates(offloading, V5E)}
+    assert all(offload == (() if remat == "none" else ("stream",)) for remat, offload in found.items())
+
+
+def test_no_formula_no_offers():
+    staged = replace(EXP, runtime=replace(EXP.runtime, layout=Layout(stage=2)))
+    with pytest.raises(ValueError, match="no formula gives the memory of a pipeline"):
+        offers(staged, 1e12, 30)
+
+
 def test_what_cannot_fit_says_what_would():
     with pytest.raises(ValueError, match=r"fits v5e:2x2 in no way: the least is .* take a larger slice"):
         candidates(replace(EXP, batch_size=4), parse("v5e:2x2"))
@@ -170,7 +182,7 @@ def test_pictures(tmp_path):
     pytest.importorskip("matplotlib", reason="drawing is an extra")
     parts = {"parameters": 1.0, "saved": 2.0}
     plan = {"hbm_by_part": parts, "hbm_limit_gib": 16.0, "hbm_gib": 3.0, "step_seconds": 2.0, "xla_seconds": 1.5,
-            "pallas_seconds": 0.5, "wire_seconds": 0.1, "wire_gb": 20.0, "mfu": 0.5,
+            "pallas_seconds": 0.5, "grouped_seconds": 0.0, "wire_seconds": 0.1, "wire_gb": 20.0, "mfu": 0.5,
             "versions": {"jax": "0"}}  # fmt: skip
     for name in ("plan.png", "plan.html"):
         choose.draw("title <a>", [("one & only", plan), ("two", plan | {"pallas_seconds": None})], tmp_path / name)
