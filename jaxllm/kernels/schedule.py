@@ -26,7 +26,7 @@ from jaxllm.kernels.reference import Names
 
 SKIP, PLAIN = 0, 1  # variant numbers with a fixed meaning; the others depend on the pattern
 FIRST, LAST = 1, 2  # a visit's edges: of its query block
-MOST_VARIANTS = 4  # beyond these the rarest masked variants are merged into one that checks every tile
+MOST_VARIANTS = 8  # beyond these the rarest masked variants are merged into one that checks every tile
 
 
 class Shape(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm import config
-from jaxllm.kernels.pattern import Kind, kinds
+from jaxllm.kernels.pattern import Kind, by_distance, kinds
 
 MIB = 2**20
 LARGEST_BLOCK = 1024
@@ -74,12 +74,13 @@ def chip() -> Chip:
 def sizes(pattern: config.Pattern, T: int, S: int, H: int, dtype: jnp.dtype) -> Sizes:
     """Sizes for lengths T, S and head width H.
 
-    A pattern that fills no block gets larger ones: a window has fewer, longer steps, which wait less.
+    A pattern of distances that fills no block gets larger ones: a window has fewer, longer steps, which wait less.
     """
     here, width, item = chip(), -(-H // 128) * 128, jnp.dtype(dtype).itemsize
     small = item == 2 and (width == 128 or here.vmem > 16 * MIB)
     most = LARGEST_BLOCK if small else LARGEST_BLOCK // 2
-    if small and (kinds(pattern, T, S, most, most) < Kind.FULL).all() and here.vmem > 16 * MIB:
+    larger = small and here.vmem > 16 * MIB and by_distance(pattern)
+    if larger and (kinds(pattern, T, S, most, most) < Kind.FULL).all():
         most *= 2
     block_q, block_k = even(T, most), even(S, most)
     per_key = width * (2 * 4 + 2 * 2 * item)  # dk, dv: float32 sums, and results in two buffers each
